@@ -1,0 +1,209 @@
+"""The words of the product as types: a Call, the Decision about it, where it runs, what came of it.
+
+Every step of the path of one Call (docs/architecture.md) speaks in these values. They are frozen,
+hold plain data only, and import nothing of ours, so any of them may cross a process boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+
+class Effect(StrEnum):
+    """What a Decision says. Deny beats ask beats allow."""
+
+    ALLOW = "allow"
+    ASK = "ask"
+    DENY = "deny"
+
+
+class Enforcement(StrEnum):
+    """How strong a verdict is.
+
+    ``object``: we execute the tool ourselves on the descriptor or document that was judged.
+    ``sandbox``: the tool opens things itself; the sandbox around it is the boundary.
+    ``advisory``: judged only.
+    """
+
+    OBJECT = "object"
+    SANDBOX = "sandbox"
+    ADVISORY = "advisory"
+
+
+class Engine(StrEnum):
+    """What executes a Call inside a profile."""
+
+    NATIVE = "native"
+    WASM = "wasm"
+
+
+class Tier(StrEnum):
+    """The set of layers that actually enforces a native sandbox on this machine.
+
+    ``full``: user, mount, pid, net, ipc, uts and cgroup namespaces, Landlock, seccomp, tree-kill.
+    ``landlock``: Landlock and seccomp alone, where namespaces are refused; no network at all.
+    """
+
+    FULL = "full"
+    LANDLOCK = "landlock"
+
+
+class Held(StrEnum):
+    """How one limit holds: for the whole process tree, for each process, or not at all."""
+
+    TREE = "tree"
+    PROCESS = "process"
+    NONE = "none"
+
+
+class Durability(StrEnum):
+    """When an Entry counts as written.
+
+    ``volatile``: handed to the kernel, survives a killed process. ``sync``: on disk (fdatasync).
+    """
+
+    VOLATILE = "volatile"
+    SYNC = "sync"
+
+
+class EntryKind(StrEnum):
+    """The closed set of Entry kinds (docs/trace-format.md)."""
+
+    LOG_OPEN = "log.open"
+    SESSION_OPEN = "session.open"
+    POLICY_LOAD = "policy.load"
+    CALL_INTENT = "call.intent"
+    CALL_DECISION = "call.decision"
+    CALL_OUTCOME = "call.outcome"
+    APPROVAL = "approval"
+    LOG_RECOVERED = "log.recovered"
+    SESSION_CLOSE = "session.close"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One tool invocation, exactly as an adapter received it. Nothing in it is trusted."""
+
+    id: str
+    tool: str
+    arguments: Mapping[str, Json]
+    session: str
+    caller: str = "local"
+    origin: str = "sdk"
+    parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """The one spelling of a Call that is judged, recorded and, for our own tools, executed.
+
+    ``arguments`` are closed by the tool's signature, defaults filled: a path argument is the
+    absolute path of the object it resolved to, a URL argument its WHATWG serialisation.
+    """
+
+    tool: str
+    arguments: Mapping[str, Json]
+    workspace: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Upper bounds of one Call. ``None`` means the bound does not apply to the engine.
+
+    ``disk_bytes`` bounds the private scratch folder and the size of any one written file.
+    """
+
+    wall_ms: int = 30_000
+    cpu_ms: int | None = None
+    memory_bytes: int = 512 << 20
+    pids: int = 64
+    files: int = 1024
+    disk_bytes: int = 256 << 20
+    output_bytes: int = 1 << 20
+    fuel: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """The named settings of a sandbox: it sees only what is listed, whatever the tool is.
+
+    ``read`` and ``write`` are absolute folders or files, each granted with all it holds.
+    ``hide`` are glob patterns over absolute paths that stay absent although they lie inside.
+    Everything in ``write`` is readable too. There is no network (``net: none``).
+    """
+
+    name: str
+    engine: Engine = Engine.NATIVE
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The judgement of one Document by one policy version.
+
+    ``rules`` are the ids of the rules that decided, ``reason`` one sentence for the agent and
+    ``advice`` the smallest change that would allow it, which only the operator is shown.
+    """
+
+    effect: Effect
+    policy: str
+    code: str
+    reason: str
+    rules: tuple[str, ...] = ()
+    advice: str = ""
+    profile: Profile | None = None
+    enforcement: Enforcement = Enforcement.SANDBOX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a Call used. ``None`` where this machine does not account for it."""
+
+    wall_ms: int = 0
+    cpu_ms: int | None = None
+    peak_memory_bytes: int | None = None
+    refused_forks: int | None = None
+    fuel: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confinement:
+    """What actually enforced a Call: the tier, its layers and how each limit held."""
+
+    tier: Tier | None
+    layers: tuple[str, ...] = ()
+    held: Mapping[str, Held] = field(default_factory=dict[str, Held])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a Call that ran: its result, exit and use.
+
+    ``value`` is the result of a tool we execute ourselves. ``stdout`` and ``stderr`` are raw
+    bytes of a program, cut at ``output_bytes`` (then ``truncated``). ``limit`` names the bound
+    that ended the Call, if one did.
+    """
+
+    call: str
+    value: Json = None
+    exit_code: int | None = None
+    signal: int | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+    limit: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    confinement: Confinement = field(default_factory=lambda: Confinement(tier=None))
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the Call ended by itself and reported success."""
+        return self.limit is None and self.signal is None and self.exit_code in (None, 0)
