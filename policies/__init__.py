@@ -1,0 +1,62 @@
+"""Judge Calls: load a policy, bring a Call to one Document, decide it. No tool runs here."""
+
+from __future__ import annotations
+
+from .arguments import decode_arguments
+from .canonical import Canonical, canonicalize
+from .capability import NarrowedPolicy, both, narrow_profiles
+from .check import Finding, Level, check_file, check_policy
+from .decision import decide
+from .discover import Found, Origin, Resolution, discover_policy, resolve_policy
+from .explain import Considered, Explanation, explain
+from .globs import hidden_by
+from .load import PolicyFile, load_policy, parse_policy, read_policy_file
+from .paths import Resolved
+from .preset import PRESETS, read_preset
+from .protected import PROTECTED, is_protected
+from .rules import Judged, Policy, Rule
+from .schema import policy_schema
+from .signatures import BUILT_IN, Argument, Kind, Signature
+from .trust import TrustStore, state_folder
+
+__all__ = [
+    "BUILT_IN",
+    "PRESETS",
+    "PROTECTED",
+    "Argument",
+    "Canonical",
+    "Considered",
+    "Explanation",
+    "Finding",
+    "Found",
+    "Judged",
+    "Kind",
+    "Level",
+    "NarrowedPolicy",
+    "Origin",
+    "Policy",
+    "PolicyFile",
+    "Resolution",
+    "Resolved",
+    "Rule",
+    "Signature",
+    "TrustStore",
+    "both",
+    "canonicalize",
+    "check_file",
+    "check_policy",
+    "decide",
+    "decode_arguments",
+    "discover_policy",
+    "explain",
+    "hidden_by",
+    "is_protected",
+    "load_policy",
+    "narrow_profiles",
+    "parse_policy",
+    "policy_schema",
+    "read_policy_file",
+    "read_preset",
+    "resolve_policy",
+    "state_folder",
+]

@@ -1,0 +1,227 @@
+"""Step 2 of the path of one Call: a Call becomes the one Document that is judged.
+
+The arguments are closed by the tool's signature, defaults filled, paths resolved to objects
+and URLs to their one spelling. Every failure is Denied with a stable code; nothing ran.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final, cast
+
+from safeconduct.call import Call, Document, Json
+from safeconduct.errors import Denied
+
+from .arguments import MAX_INTEGER, copy_json
+from .paths import PathResolver, Resolved, check_holds, show
+from .rules import Judged
+from .signatures import WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
+from .urls import UrlRefused, canonical_url
+
+MAX_TOOL_CHARACTERS: Final = 128
+MAX_ARGUMENTS: Final = 64
+MAX_ARGV: Final = 1024
+MAX_LIST: Final = 1024
+# The kernel's own bound on one argument string (MAX_ARG_STRLEN).
+MAX_ARGV_BYTES: Final = 128 << 10
+_TOOL = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
+_PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
+_INT64: Final = range(-(1 << 63), 1 << 63)
+
+
+class Canonical:
+    """The Document of one Call and the descriptors of the objects it names.
+
+    A context manager: leaving it closes the descriptors. ``descriptors`` holds an entry for
+    each path that a Call gives to one of our own tools; a default is not opened, and a tool
+    that opens paths itself gets none.
+    """
+
+    def __init__(self, document: Document, descriptors: Mapping[str, Resolved]) -> None:
+        self.document = document
+        self.descriptors = descriptors
+
+    def __enter__(self) -> Canonical:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; safe to call twice."""
+        descriptors = self.descriptors
+        self.descriptors = dict[str, Resolved]()
+        _close(descriptors)
+
+
+def canonicalize(policy: Judged, call: Call) -> Canonical:
+    """Bring a Call to the form that is judged, recorded and executed; the caller closes it."""
+    signature = _signature(policy, call.tool)
+    given = _plain_arguments(signature, call)
+    descriptors: dict[str, Resolved] = {}
+    values: dict[str, Json] = {}
+    resolver: PathResolver | None = None
+    try:
+        for name, value in given.items():
+            argument = signature.arguments.get(name)
+            if argument is None:
+                values[name] = value
+            elif argument.kind in _PATHS:
+                resolver = resolver or PathResolver(policy.workspace)
+                values[name] = _path(resolver, name, argument, value, descriptors)
+            else:
+                values[name] = _value(name, argument, value, many=not signature.closed)
+    except BaseException:
+        _close(descriptors)
+        raise
+    finally:
+        if resolver is not None:
+            resolver.close()
+    arguments = _fill_defaults(signature, values, policy.workspace)
+    document = Document(tool=call.tool, arguments=arguments, workspace=policy.workspace)
+    return Canonical(document, descriptors)
+
+
+def _close(descriptors: Mapping[str, Resolved]) -> None:
+    for resolved in descriptors.values():
+        for fd in (resolved.fd, resolved.parent_fd):
+            if fd is not None:
+                with suppress(OSError):
+                    os.close(fd)
+
+
+def _signature(policy: Judged, tool: str) -> Signature:
+    if len(tool) > MAX_TOOL_CHARACTERS or _TOOL.fullmatch(tool) is None:
+        message = f"{show(tool)} is not the name of a tool"
+        raise Denied(message, code="call.unknown_tool")
+    signature = policy.signature(tool)
+    if signature is None:
+        raise Denied(f"there is no tool {tool}", code="call.unknown_tool")
+    return signature
+
+
+def _plain_arguments(signature: Signature, call: Call) -> dict[str, Json]:
+    """Copy the arguments as plain, bounded JSON and refuse unknown and missing ones."""
+    if len(call.arguments) > MAX_ARGUMENTS:
+        raise Denied(f"more than {MAX_ARGUMENTS} arguments", code="call.extra_argument")
+    wide = any(argument.kind is Kind.INTEGERS for argument in signature.arguments.values())
+    plain = copy_json(call.arguments, max_integer=1 << 63 if wide else MAX_INTEGER)
+    given = cast("dict[str, Json]", plain)
+    for name in given:
+        if signature.closed and name not in signature.arguments:
+            message = f"{call.tool} takes no argument {show(name)}"
+            raise Denied(message, code="call.extra_argument")
+        if len(name) > MAX_TOOL_CHARACTERS:
+            raise _bad(name, "an argument with a shorter name")
+    for name, argument in signature.arguments.items():
+        if argument.required and name not in given:
+            message = f"{call.tool} needs the argument {name}"
+            raise Denied(message, code="call.missing_argument")
+    return given
+
+
+def _fill_defaults(
+    signature: Signature, values: dict[str, Json], workspace: str
+) -> dict[str, Json]:
+    """Add what was left out; sorted, so that one Document has one order."""
+    for name, argument in signature.arguments.items():
+        if name in values or argument.default is None:
+            continue
+        values[name] = workspace if argument.default == WORKSPACE_DEFAULT else argument.default
+    return {name: values[name] for name in sorted(values)}
+
+
+def _value(name: str, argument: Argument, value: Json, *, many: bool) -> Json:
+    match argument.kind:
+        case Kind.URL | Kind.TOOL_URL:
+            return _each(name, value, _url, many=many)
+        case Kind.TEXT:
+            return _each(name, value, _text, many=many)
+        case Kind.NUMBER:
+            return _each(name, value, _number, many=many)
+        case Kind.SCALAR:
+            return _each(name, value, _scalar, many=many)
+        case Kind.ARGV:
+            return _argv(name, value)
+        case Kind.INTEGERS:
+            return _integers(name, value)
+        case _:
+            return value
+
+
+def _each(name: str, value: Json, check: Callable[[str, Json], Json], *, many: bool) -> Json:
+    """Check one value, or where the tool is not ours, every value of a flat list."""
+    if not many or not isinstance(value, list):
+        return check(name, value)
+    if len(value) > MAX_LIST:
+        raise _bad(name, f"a list of at most {MAX_LIST} values")
+    return [check(name, item) for item in value]
+
+
+def _path(
+    resolver: PathResolver,
+    name: str,
+    argument: Argument,
+    value: Json,
+    descriptors: dict[str, Resolved],
+) -> Json:
+    if argument.kind is Kind.TOOL_PATH:
+        return _each(name, value, lambda at, item: resolver.of_tool(_text(at, item)), many=True)
+    text = _text(name, value)
+    new = argument.kind is Kind.NEW_PATH
+    resolved = resolver.new(text) if new else resolver.existing(text)
+    descriptors[name] = resolved
+    if resolved.fd is not None and argument.holds is not Holds.ANYTHING:
+        check_holds(resolved.fd, folder=argument.holds is Holds.FOLDER)
+    return resolved.path
+
+
+def _url(name: str, value: Json) -> str:
+    try:
+        return canonical_url(_text(name, value))
+    except UrlRefused as error:
+        raise Denied(f"{name}: {error}", code=error.code) from error
+
+
+def _text(name: str, value: Json) -> str:
+    if not isinstance(value, str):
+        raise _bad(name, "a text")
+    return value
+
+
+def _number(name: str, value: Json) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _bad(name, "a number")
+    return value
+
+
+def _scalar(name: str, value: Json) -> Json:
+    if isinstance(value, list | dict):
+        raise _bad(name, "one value")
+    return value
+
+
+def _argv(name: str, value: Json) -> list[Json]:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_ARGV:
+        raise _bad(name, f"a list of 1 to {MAX_ARGV} texts")
+    for word in value:
+        if not isinstance(word, str) or "\0" in word or len(word.encode()) >= MAX_ARGV_BYTES:
+            raise _bad(name, "a list of texts without NUL")
+    if value[0] == "":
+        raise _bad(name, "a list that begins with a program")
+    return value
+
+
+def _integers(name: str, value: Json) -> list[Json]:
+    if not isinstance(value, list) or len(value) > MAX_LIST:
+        raise _bad(name, f"a list of at most {MAX_LIST} integers")
+    if not all(type(item) is int and item in _INT64 for item in value):
+        raise _bad(name, "a list of 64-bit integers")
+    return value
+
+
+def _bad(name: str, expected: str) -> Denied:
+    return Denied(f"{show(name)} must be {expected}", code="call.bad_argument")

@@ -1,0 +1,163 @@
+"""Policy matching: path patterns. `*` and `?` stay inside one component, `**` crosses `/`.
+
+`**` stands for zero or more whole components, so `/srv/allowed/**` covers `/srv/allowed`
+(a folder may list itself) and never `/srv/allowed-evil`. There are no character classes,
+braces or escapes: a pattern that looks like one is refused, because an author who believes
+in them would get a deny that never matches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_PATTERN_BYTES = 4096
+MAX_COMPONENTS = 128
+_SPECIAL = frozenset("*?")
+_REFUSED = frozenset("[]{}\\")
+
+
+@dataclass(frozen=True, slots=True)
+class Glob:
+    """One compiled pattern over `/`-separated components, without the leading `/`."""
+
+    pattern: str
+    components: tuple[str, ...]
+
+    @property
+    def literal(self) -> str | None:
+        """The one path this matches, if the pattern holds no wildcard."""
+        plain = not any(_is_wild(component) for component in self.components)
+        return "/" + "/".join(self.components) if plain else None
+
+    @property
+    def folder(self) -> str | None:
+        """The folder this covers whole, if the pattern is `folder/**`."""
+        *parents, last = self.components
+        if last != "**" or any(_is_wild(component) for component in parents):
+            return None
+        return "/" + "/".join(parents)
+
+    @property
+    def anchor(self) -> str:
+        """The longest folder that holds everything this can match."""
+        plain: list[str] = []
+        for component in self.components:
+            if _is_wild(component):
+                break
+            plain.append(component)
+        return "/" + "/".join(plain)
+
+    def matches(self, components: list[str]) -> bool:
+        """Tell whether all components match. Time is bounded by pattern times path length.
+
+        The greedy walk of `*` over characters, lifted to components: only the last `**` can
+        ever need to take one more, so there is no exponential backtracking.
+        """
+        pattern, at, star, resume = self.components, 0, -1, 0
+        position = 0
+        while position < len(components):
+            if at < len(pattern) and pattern[at] == "**":
+                star, resume, at = at, position, at + 1
+            elif at < len(pattern) and _matches_one(pattern[at], components[position]):
+                at, position = at + 1, position + 1
+            elif star >= 0:
+                resume += 1
+                at, position = star + 1, resume
+            else:
+                return False
+        return all(rest == "**" for rest in pattern[at:])
+
+
+def compile_glob(pattern: str, *, workspace: str) -> Glob:
+    """Compile an absolute pattern; `$WS` is the workspace and a leading `**/` means anywhere.
+
+    Raise ValueError saying what is wrong. `~` is refused: a policy must mean the same for
+    everybody whose machine holds the same bytes.
+    """
+    text = pattern
+    if text == "$WS" or text.startswith("$WS/"):
+        tail = text[4:]
+        components = _split(workspace[1:]) + (compile_components(tail) if tail else ())
+        if text.endswith("/"):
+            raise ValueError("ends with /; write folder/** for a folder and all it holds")
+    elif text.startswith("/") or text.startswith("**/"):
+        components = compile_components(text.removeprefix("/"))
+    elif text.startswith("~"):
+        raise ValueError("begins with ~; write the absolute path")
+    else:
+        raise ValueError("must begin with $WS/, / or **/")
+    if len(components) > MAX_COMPONENTS:
+        raise ValueError(f"has more than {MAX_COMPONENTS} components")
+    return Glob(pattern, components)
+
+
+@lru_cache(maxsize=256)
+def _hiding(patterns: tuple[str, ...]) -> tuple[Glob, ...]:
+    # What holds a hidden folder's name holds its contents: `**` stands for them, or nothing.
+    return tuple(
+        Glob(pattern, (*pattern.removeprefix("/").split("/"), "**")) for pattern in patterns
+    )
+
+
+def hidden_by(patterns: tuple[str, ...], path: str) -> bool:
+    """Tell whether a profile's ``hide`` takes away an absolute path, or a folder above it."""
+    if not patterns:
+        return False
+    components = path[1:].split("/")
+    return any(glob.matches(components) for glob in _hiding(patterns))
+
+
+def compile_components(text: str) -> tuple[str, ...]:
+    """Compile `a/*/**` into components; raise ValueError for what the language does not have."""
+    if not text:
+        raise ValueError("is empty; write /** for everything")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_PATTERN_BYTES:
+        raise ValueError(f"is longer than {MAX_PATTERN_BYTES} bytes")
+    if any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("holds a control character")
+    found = sorted(_REFUSED.intersection(text))
+    if found:
+        raise ValueError(f"holds {found[0]!r}; only *, ** and ? are special, use ? in its place")
+    components = _split(text)
+    for component in components:
+        if component == "":
+            raise ValueError("has an empty component; write folder/** for a whole folder")
+        if component in (".", ".."):
+            raise ValueError(f"has the component {component!r}; write the path it leads to")
+        if "**" in component and component != "**":
+            raise ValueError("has ** beside other characters; ** must stand alone between /")
+    # `**/**` means the same as `**` and would only cost time.
+    return tuple(
+        component
+        for index, component in enumerate(components)
+        if component != "**" or index == 0 or components[index - 1] != "**"
+    )
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split("/")) if text else ()
+
+
+def _is_wild(component: str) -> bool:
+    return not _SPECIAL.isdisjoint(component)
+
+
+def _matches_one(pattern: str, component: str) -> bool:
+    if pattern == component or pattern == "*":
+        # An empty component only exists in URLs; `*` stands for a name, so it needs one.
+        return pattern == component or component != ""
+    if not _is_wild(pattern):
+        return False
+    at, position, star, resume = 0, 0, -1, 0
+    while position < len(component):
+        if at < len(pattern) and pattern[at] == "*":
+            star, resume, at = at, position, at + 1
+        elif at < len(pattern) and pattern[at] in ("?", component[position]):
+            at, position = at + 1, position + 1
+        elif star >= 0:
+            resume += 1
+            at, position = star + 1, resume
+        else:
+            return False
+    return all(rest == "*" for rest in pattern[at:])

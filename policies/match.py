@@ -1,0 +1,247 @@
+"""Policy matching: what one argument may be. Pure, bounded, precompiled; no I/O.
+
+A matcher sees one canonical value. Whether a list is judged whole or element by element is
+the rule's business (`rules.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from safeconduct.call import Json
+
+from .globs import Glob
+from .signatures import Kind
+from .urls import UrlPattern, split_url
+
+# LIMIT: more digits than any 64-bit number; parsing stays linear.
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)
+MAX_SHOWN: Final = 60
+
+
+class Matcher(Protocol):
+    """What one argument may be."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the argument must be for this to make sense."""
+        ...
+
+    def matches(self, value: Json) -> bool:
+        """Tell whether the canonical value matches."""
+        ...
+
+    def describe(self) -> str:
+        """Say in a few words what would match."""
+        ...
+
+
+def parse_integer(text: str) -> int | None:
+    """Parse the one spelling of an integer; None for any other text."""
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def _shorten(words: Sequence[str]) -> str:
+    text = ", ".join(words[:4]) + (", …" if len(words) > 4 else "")
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class AnyValue:
+    """`any`: whatever the signature admits."""
+
+    kind: Kind = Kind.JSON
+
+    def matches(self, value: Json) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "any value"
+
+
+@dataclass(frozen=True, slots=True)
+class PathMatcher:
+    """`path`: one of the patterns matches the real path of the object.
+
+    Whole folders and literal paths, which are most patterns, are answered without a walk.
+    """
+
+    patterns: tuple[str, ...]
+    exact: frozenset[str]
+    folders: tuple[str, ...]
+    globs: tuple[Glob, ...]
+    kind: Kind = Kind.PATH
+
+    def matches(self, value: Json) -> bool:
+        if not isinstance(value, str) or not value.startswith("/"):
+            return False
+        if value in self.exact or value.startswith(self.folders):
+            return True
+        if not self.globs:
+            return False
+        components = value[1:].split("/")
+        return any(glob.matches(components) for glob in self.globs)
+
+    def describe(self) -> str:
+        return f"a path in {_shorten(self.patterns)}"
+
+
+def path_matcher(globs: Sequence[Glob]) -> PathMatcher:
+    """Sort the patterns by the cheapest way to answer them."""
+    exact: set[str] = set()
+    folders: list[str] = []
+    walked: list[Glob] = []
+    for glob in globs:
+        if glob.literal is not None:
+            exact.add(glob.literal)
+        elif glob.folder is not None:
+            exact.add(glob.folder)
+            folders.append(glob.folder.rstrip("/") + "/")
+        else:
+            walked.append(glob)
+    patterns = tuple(glob.pattern for glob in globs)
+    return PathMatcher(patterns, frozenset(exact), tuple(folders), tuple(walked))
+
+
+@dataclass(frozen=True, slots=True)
+class UrlMatcher:
+    """`url`: one of the patterns matches the canonical URL."""
+
+    patterns: tuple[UrlPattern, ...]
+    kind: Kind = Kind.URL
+
+    def matches(self, value: Json) -> bool:
+        url = split_url(value) if isinstance(value, str) else None
+        return url is not None and any(pattern.matches(url) for pattern in self.patterns)
+
+    def describe(self) -> str:
+        return f"a URL in {_shorten([pattern.pattern for pattern in self.patterns])}"
+
+
+@dataclass(frozen=True, slots=True)
+class Literals:
+    """`in` or a bare list: the value is one of the texts, or the number, boolean it spells."""
+
+    texts: frozenset[str]
+    kind: Kind = Kind.SCALAR
+
+    def matches(self, value: Json) -> bool:
+        text = scalar_text(value)
+        return text is not None and text in self.texts
+
+    def describe(self) -> str:
+        return f"one of {_shorten(sorted(self.texts))}"
+
+
+def scalar_text(value: Json) -> str | None:
+    """Spell a scalar the way a policy writes it: `true`, `3`, `text`; 3.0 is `3`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | float):
+        return str(value)
+    return "null" if value is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class NumberRange:
+    """`range`: a number between the two ends, both included."""
+
+    low: int
+    high: int
+    kind: Kind = Kind.NUMBER
+
+    def matches(self, value: Json) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return self.low <= value <= self.high
+
+    def describe(self) -> str:
+        return f"a number from {self.low} to {self.high}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextLength:
+    """`text`: any text of at most so many bytes of UTF-8."""
+
+    max_bytes: int
+    kind: Kind = Kind.TEXT
+
+    def matches(self, value: Json) -> bool:
+        return isinstance(value, str) and len(value.encode("utf-8", "replace")) <= self.max_bytes
+
+    def describe(self) -> str:
+        return f"a text of at most {self.max_bytes} bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledNumber:
+    """An argv element that spells a number in a range."""
+
+    range: NumberRange
+
+    def matches(self, word: str) -> bool:
+        number = parse_integer(word)
+        return number is not None and self.range.matches(number)
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledPath:
+    """An argv element that spells a path in the patterns, relative to the workspace.
+
+    This judges the spelling, not the object: what the program opens is bounded by its
+    profile alone. `..` and leading `-` never match.
+    """
+
+    paths: PathMatcher
+    workspace: str
+
+    def matches(self, word: str) -> bool:
+        if not word or word.startswith("-") or "\0" in word:
+            return False
+        components = word.removeprefix("/").split("/")
+        if not {"", ".", ".."}.isdisjoint(components):
+            return False
+        return self.paths.matches(word if word.startswith("/") else f"{self.workspace}/{word}")
+
+
+@dataclass(frozen=True, slots=True)
+class Argv:
+    """`argv`: a list that matches element by element; ``rest`` is a final `...`.
+
+    A literal element is a plain text, so that the common case is one comparison.
+    """
+
+    elements: tuple[str | Callable[[str], bool], ...]
+    rest: bool
+    shown: str
+    judges_spelling: bool = False
+    kind: Kind = Kind.ARGV
+
+    def matches(self, value: Json) -> bool:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        count = len(self.elements)
+        if len(value) < count or (len(value) > count and not self.rest):
+            return False
+        for element, word in zip(self.elements, value, strict=False):
+            if not isinstance(word, str):
+                return False
+            if element != word if isinstance(element, str) else not element(word):
+                return False
+        return all(isinstance(word, str) for word in value[count:])
+
+    def describe(self) -> str:
+        return f"argv {self.shown}"
+
+    @property
+    def programs(self) -> frozenset[str]:
+        """The programs this names literally."""
+        first = self.elements[0] if self.elements else None
+        return frozenset({first}) if isinstance(first, str) else frozenset()

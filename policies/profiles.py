@@ -1,0 +1,112 @@
+"""Policy step 3a: the profiles of a file become Profile values with absolute paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from safeconduct.call import Engine, Limits, Profile
+
+from .forms import Loc, compile_pattern
+from .language import did_you_mean
+from .model import LimitsSpec, ProfileSpec
+from .syntax import Source
+
+# LIMIT: `like` chains are walked, so they have an end.
+MAX_LIKE = 16
+
+
+def compile_profiles(
+    specs: Mapping[str, ProfileSpec], source: Source, workspace: str
+) -> dict[str, Profile]:
+    """Compile every profile; PolicyError where one copies nothing, or nothing can enforce it."""
+    return _Profiles(specs, source, workspace).compile()
+
+
+@dataclass(frozen=True, slots=True)
+class _Profiles:
+    """Compile the profiles of a file."""
+
+    specs: Mapping[str, ProfileSpec]
+    source: Source
+    workspace: str
+
+    def compile(self) -> dict[str, Profile]:
+        return {name: self._compile(name) for name in self.specs}
+
+    def _compile(self, name: str) -> Profile:
+        profile = Profile(name=name)
+        for ancestor in reversed(self._lineage(name)):
+            profile = self._apply(profile, ancestor)
+        if profile.engine is Engine.NATIVE and profile.limits.fuel is not None:
+            position = self.source.node(("profiles", name, "limits", "fuel")).position
+            message = f"profile {name!r} sets fuel, which bounds only the wasm engine"
+            hint = "use cpu and wall, or engine: wasm"
+            raise self.source.error(position, message, hint=hint)
+        return profile
+
+    def _lineage(self, name: str) -> list[str]:
+        lineage = [name]
+        while (like := self.specs[lineage[-1]].like) is not None:
+            position = self.source.node(("profiles", lineage[-1], "like")).position
+            if like not in self.specs:
+                hint = did_you_mean(like, self.specs)
+                raise self.source.error(position, f"there is no profile {like!r}", hint=hint)
+            if like in lineage or len(lineage) >= MAX_LIKE:
+                hint = f"profiles copy one another along at most {MAX_LIKE} steps, in no circle"
+                raise self.source.error(position, "like never ends", hint=hint)
+            lineage.append(like)
+        return lineage
+
+    def _apply(self, profile: Profile, name: str) -> Profile:
+        spec, loc = self.specs[name], ("profiles", name)
+        read = self._folders(spec.read, (*loc, "read"))
+        write = self._folders(spec.write, (*loc, "write"))
+        hide = self._hidden(spec.hide, (*loc, "hide"))
+        return replace(
+            profile,
+            engine=spec.engine or profile.engine,
+            read=profile.read if read is None else read,
+            write=profile.write if write is None else write,
+            # What a copied profile hides stays hidden: `like` never uncovers a secret.
+            hide=profile.hide + tuple(item for item in hide if item not in profile.hide),
+            limits=_limits(profile.limits, spec.limits),
+        )
+
+    def _folders(self, patterns: list[str] | None, loc: Loc) -> tuple[str, ...] | None:
+        if patterns is None:
+            return None
+        folders: list[str] = []
+        for index, pattern in enumerate(patterns):
+            place = (*loc, index)
+            glob = compile_pattern(self.source, place, pattern, self.workspace)
+            path = glob.folder or glob.literal
+            if path is None:
+                message = f"the sandbox cannot show {pattern!r}: it mounts folders and files"
+                hint = 'write "folder/**" or one exact path here, and take away with hide'
+                raise self.source.error(self.source.node(place).position, message, hint=hint)
+            folders.append(path)
+        return tuple(dict.fromkeys(folders))
+
+    def _hidden(self, patterns: list[str] | None, loc: Loc) -> tuple[str, ...]:
+        globs = [
+            compile_pattern(self.source, (*loc, index), pattern, self.workspace)
+            for index, pattern in enumerate(patterns or [])
+        ]
+        return tuple(dict.fromkeys("/" + "/".join(glob.components) for glob in globs))
+
+
+def _limits(limits: Limits, spec: LimitsSpec | None) -> Limits:
+    if spec is None:
+        return limits
+    named = {
+        "wall_ms": spec.wall,
+        "cpu_ms": spec.cpu,
+        "memory_bytes": spec.memory,
+        "pids": spec.pids,
+        "files": spec.files,
+        "disk_bytes": spec.disk,
+        "output_bytes": spec.output,
+        "fuel": spec.fuel,
+    }
+    return replace(limits, **{name: value for name, value in named.items() if value is not None})

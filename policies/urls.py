@@ -1,0 +1,213 @@
+"""Policy matching: URLs. One WHATWG parse (ada); the serialisation is judged and dialled.
+
+A URL that two parsers could read differently is refused before it is parsed. Hosts are
+compared in their ASCII form, IP addresses in the one spelling ada gives them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import ada_url
+
+from .globs import Glob, compile_components
+
+MAX_URL_CHARACTERS: Final = 8192
+MAX_HOST_CHARACTERS: Final = 253
+_DEFAULT_PORT: Final = {"http": 80, "https": 443}
+# Names that lead to this machine or this network although they are names.
+_LOCAL_DOMAINS: Final = frozenset({"localhost", "local", "internal", "arpa", "lan", "onion"})
+
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff]")
+_WEB = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
+# Bytes that a server may decode into structure (/ \ . ; NUL and controls), also encoded twice.
+_TRICK = re.compile(r"%(?:25)*(?:2e|2f|5c|3b|7f|[01][0-9a-f])|/\.{1,2};", re.IGNORECASE)
+_PARTS = re.compile(
+    r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?(/[^?#]*)(?:\?([^#]*))?"
+)
+_IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
+
+
+class UrlRefused(ValueError):
+    """A URL that cannot be judged. ``code`` is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """The parts of a canonical URL."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    query: str | None
+
+
+def canonical_url(text: str) -> str:
+    """Return the one spelling of an http(s) URL, without its fragment, which is never sent.
+
+    Raise UrlRefused for userinfo, a trailing dot, control characters, `\\`, encoded slashes
+    and dots in the path, and whatever the WHATWG parser refuses.
+    """
+    if not 0 < len(text) <= MAX_URL_CHARACTERS:
+        raise UrlRefused("url.length", f"a URL has 1 to {MAX_URL_CHARACTERS} characters")
+    if _FORBIDDEN.search(text):
+        raise UrlRefused("url.character", "a URL holds no spaces, controls or backslashes")
+    web = _WEB.match(text)
+    if web is None:
+        raise UrlRefused("url.scheme", "only http:// and https:// URLs are judged")
+    authority, path = web[1], web[2]
+    if "@" in authority:
+        raise UrlRefused("url.userinfo", "a URL holds no user name or password")
+    if "%" in authority:
+        raise UrlRefused("url.host", "a host is not percent-encoded")
+    if _TRICK.search(path):
+        raise UrlRefused("url.path", "a path holds no encoded dot, slash or control character")
+    try:
+        href = ada_url.URL(text).href
+    except ValueError as error:
+        raise UrlRefused("url.invalid", "not a valid URL") from error
+    href = href.partition("#")[0]
+    parts = _PARTS.fullmatch(href)
+    if parts is None or len(href) > MAX_URL_CHARACTERS:
+        raise UrlRefused("url.host", "the host is not a plain name or address")
+    _refuse_host(authority, parts[2])
+    if parts[3] == "0":
+        raise UrlRefused("url.port", "port 0 cannot be dialled")
+    return href
+
+
+def _refuse_host(authority: str, host: str) -> None:
+    written = authority.partition(":")[0]
+    if host.endswith(".") or written.endswith((".", "\u3002", "\uff0e", "\uff61")):
+        raise UrlRefused("url.host", "a host does not end with a dot")
+    if len(host) > MAX_HOST_CHARACTERS or ".." in host or host.startswith("."):
+        raise UrlRefused("url.host", "the host has an empty label or is too long")
+
+
+def split_url(href: str) -> Url | None:
+    """Split a canonical URL; None for any other text. Costs no second parse."""
+    parts = _PARTS.fullmatch(href)
+    if parts is None:
+        return None
+    scheme, host, port, path, query = parts.groups()
+    return Url(scheme, host, int(port) if port else _DEFAULT_PORT[scheme], path, query)
+
+
+@dataclass(frozen=True, slots=True)
+class UrlPattern:
+    """`scheme://host[:port]/path-glob[?query]`. The query is free unless the pattern has one."""
+
+    pattern: str
+    scheme: str
+    labels: tuple[str, ...]
+    port: int
+    path: Glob
+    query: str | None
+
+    def matches(self, url: Url) -> bool:
+        """Tell whether the parts of a canonical URL match."""
+        if url.scheme != self.scheme or url.port != self.port:
+            return False
+        if self.query is not None and url.query != self.query:
+            return False
+        if not _covers_host(self.labels, url.host):
+            return False
+        return self.path.matches(url.path[1:].split("/"))
+
+
+def compile_url(pattern: str) -> UrlPattern:
+    """Compile a URL pattern; raise ValueError saying what is wrong with it."""
+    scheme, found, rest = pattern.partition("://")
+    if not found or scheme not in _DEFAULT_PORT:
+        raise ValueError("must begin with https:// or http://")
+    authority, slash, tail = rest.partition("/")
+    if not slash:
+        raise ValueError("has no path; end it with /** for every path or / for the root page")
+    labels, port = _compile_authority(scheme, authority)
+    path, question, query = tail.partition("?")
+    if "#" in tail:
+        raise ValueError("has a fragment, which is never sent")
+    components = _compile_url_path(path)
+    glob = Glob(pattern, components)
+    return UrlPattern(pattern, scheme, labels, port, glob, query if question else None)
+
+
+def _compile_authority(scheme: str, authority: str) -> tuple[tuple[str, ...], int]:
+    host, port = authority, _DEFAULT_PORT[scheme]
+    explicit = re.fullmatch(r"(.*):([0-9]{1,5})", authority)
+    if explicit and not authority.endswith("]"):
+        host, port = explicit[1], int(explicit[2])
+    if not 0 < port < 65536:
+        raise ValueError("has a port outside 1 to 65535")
+    labels = host.split(".") if "*" in host else [host]
+    wild = [label for label in labels if "*" in label]
+    if any(label not in ("*", "**") for label in wild) or "**" in labels[1:]:
+        raise ValueError("has a wildcard that is not a whole label; ** may only come first")
+    literal = ".".join(label for label in labels if "*" not in label)
+    if not literal:
+        return tuple(labels), port
+    # The literal labels end the name, or stand between single * labels: each is put in its
+    # ASCII form by the same parser that will read the URL.
+    if not wild:
+        return (_ascii_host(scheme, host),), port
+    return tuple(_ascii_host(scheme, x) if "*" not in x else x for x in labels), port
+
+
+def _ascii_host(scheme: str, host: str) -> str:
+    try:
+        href = canonical_url(f"{scheme}://{host}/")
+    except UrlRefused as error:
+        raise ValueError(f"has the host {host!r}: {error}") from error
+    parts = _PARTS.fullmatch(href)
+    if parts is None or parts[3] is not None or parts[4] != "/":
+        raise ValueError(f"has a host that is not one: {host!r}")
+    return parts[2]
+
+
+def _compile_url_path(path: str) -> tuple[str, ...]:
+    if path == "":
+        return ("",)
+    folder = path.endswith("/")
+    components = compile_components(path.removesuffix("/"))
+    if _TRICK.search("/" + path):
+        raise ValueError("has an encoded dot, slash or control character in its path")
+    try:
+        written = ada_url.URL("https://host.example/" + "/".join(components)).pathname
+    except ValueError as error:
+        raise ValueError("has a path that is not valid in a URL") from error
+    encoded = tuple(written[1:].split("/"))
+    if len(encoded) != len(components):
+        raise ValueError("has a path that a URL parser would rewrite")
+    return (*encoded, "") if folder else encoded
+
+
+def _covers_host(labels: tuple[str, ...], host: str) -> bool:
+    if len(labels) == 1 and "*" not in labels[0]:
+        return labels[0] == host
+    if is_address(host) or "." not in host:
+        # A wildcard never stands for an address in any spelling, nor for a name without a
+        # dot, which resolves on the local network.
+        return False
+    names = host.split(".")
+    if names[-1] == "localhost" or (names[-1] in _LOCAL_DOMAINS and "*" in labels[-1]):
+        return False
+    if labels[0] == "**":
+        fixed = labels[1:]
+        if len(names) <= len(fixed):
+            return False
+        labels, names = fixed, names[len(names) - len(fixed) :]
+    if len(labels) != len(names):
+        return False
+    return all(label in ("*", name) for label, name in zip(labels, names, strict=True))
+
+
+def is_address(host: str) -> bool:
+    """Tell whether a canonical host is an IP literal. Every spelling of one became one of these."""
+    return host.startswith("[") or _IPV4.fullmatch(host) is not None
