@@ -1,0 +1,107 @@
+"""Step "verify": the rules that tie the entries of a log together.
+
+One tracker serves the verifier and the writer's recovery, so that both mean the same by an open
+session and an open call. Its memory grows with what is open at once, not with the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from safeconduct.call import EntryKind
+from safeconduct.errors import TraceInvalid
+
+from .entry import Entry
+
+# LIMIT: sessions, and calls, that are open at the same time.
+MAX_OPEN = 65_536
+
+_FIRST_KINDS = (EntryKind.LOG_OPEN, EntryKind.SESSION_OPEN)
+
+
+@dataclass(slots=True)
+class OpenSession:
+    """A session without its session.close. ``prev`` is the leaf hash (hex) of its last Entry."""
+
+    sseq: int
+    prev: str | None
+    opened_at: int
+    is_log: bool = False
+    calls: dict[str, int] = field(default_factory=dict[str, int])  # call id → index of its intent
+
+
+class Chains:
+    """Follows every session's chain through a log, entry by entry."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, OpenSession] = {}
+        self.sessions = 0
+        self.calls = 0
+        self._open_calls = 0
+
+    @property
+    def open_calls(self) -> int:
+        """Return how many intents have no outcome yet."""
+        return self._open_calls
+
+    def follow(self, index: int, entry: Entry, leaf: str) -> None:
+        """Take the next Entry.
+
+        Raise TraceInvalid ``chain.*`` or ``call.*`` where it does not fit; then nothing changed.
+        """
+        session = self.open.get(entry.session)
+        if session is None:
+            session = self._start(index, entry)
+        elif entry.kind in _FIRST_KINDS:
+            raise _broken("chain.start", index, "opens a session that is open")
+        elif entry.sseq != session.sseq + 1:
+            where = f"has number {entry.sseq} in its session where {session.sseq + 1} follows"
+            raise _broken("chain.sequence", index, where)
+        elif entry.prev != session.prev:
+            raise _broken("chain.previous", index, "does not name its session's previous entry")
+        if entry.kind is EntryKind.SESSION_CLOSE:
+            self._close(entry.session, session)
+        else:
+            self._follow_call(index, entry, session)
+        session.sseq, session.prev = entry.sseq, leaf
+
+    def _close(self, name: str, session: OpenSession) -> None:
+        if session.calls:
+            call, intent = next(iter(session.calls.items()))
+            raise _broken("call.open", intent, f"intends call {call!r} that has no outcome")
+        del self.open[name]
+
+    def _start(self, index: int, entry: Entry) -> OpenSession:
+        if entry.kind not in _FIRST_KINDS or entry.sseq != 0 or entry.prev is not None:
+            raise _broken("chain.start", index, "does not begin its session")
+        if len(self.open) >= MAX_OPEN:
+            raise _broken("chain.limit", index, "opens one session too many")
+        self.sessions += entry.kind is EntryKind.SESSION_OPEN
+        is_log = entry.kind is EntryKind.LOG_OPEN
+        session = OpenSession(sseq=0, prev=None, opened_at=index, is_log=is_log)
+        self.open[entry.session] = session
+        return session
+
+    def _follow_call(self, index: int, entry: Entry, session: OpenSession) -> None:
+        if entry.kind is EntryKind.CALL_INTENT:
+            self._intend(index, entry.body["call"], session)
+        elif entry.kind in (EntryKind.CALL_DECISION, EntryKind.APPROVAL):
+            if entry.body["call"] not in session.calls:
+                raise _broken("call.unknown", index, "speaks of a call that is not open")
+        elif entry.kind is EntryKind.CALL_OUTCOME:
+            if session.calls.pop(entry.body["call"], None) is None:
+                raise _broken("call.unknown", index, "ends a call that is not open")
+            self._open_calls -= 1
+
+    def _intend(self, index: int, call: str, session: OpenSession) -> None:
+        if call in session.calls:
+            raise _broken("call.twice", index, "intends a call that is open")
+        if self._open_calls >= MAX_OPEN:
+            raise _broken("chain.limit", index, "intends one call too many")
+        session.calls[call] = index
+        self.calls += 1
+        self._open_calls += 1
+
+
+def _broken(code: str, index: int, what: str) -> TraceInvalid:
+    return TraceInvalid(f"entry {index} {what}", code=code, offset=index)

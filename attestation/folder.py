@@ -1,0 +1,220 @@
+"""Step "record": files of one trace folder, opened as if somebody hostile had prepared it.
+
+Every component below the root is opened relative to its parent's descriptor, without following
+links (openat(2), O_NOFOLLOW), and without blocking on FIFOs or devices. Reads are bounded. Writes
+go to a temporary name, are synced and renamed, so that a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from errno import ELOOP, ENOENT, ENOTDIR, ENXIO
+from pathlib import Path
+from types import TracebackType
+
+from safeconduct.errors import TraceInvalid
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 1 << 20
+# A read returns at most this many names; a folder of ours holds far fewer at any one level.
+MAX_NAMES = 100_000
+
+
+class Folder:
+    """A trace folder held open by descriptor. Paths are relative, with ``/`` between parts."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open an existing folder. The root itself may be reached through links."""
+        try:
+            self._root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TraceInvalid(
+                f"{directory}: {error.strerror}", code="trace.io", hint="name a trace folder"
+            ) from error
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        os.close(self._root)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def read(self, path: str, *, limit: int) -> bytes:
+        """Return a whole regular file of at most ``limit`` bytes.
+
+        Raise TraceInvalid ``trace.missing``, ``trace.hostile`` (a link, FIFO, folder or too large)
+        or ``trace.io``.
+        """
+        with self.open(path) as fd:
+            parts: list[bytes] = []
+            left = limit + 1
+            try:
+                while left and (part := os.read(fd, min(left, _CHUNK))):
+                    parts.append(part)
+                    left -= len(part)
+            except OSError as error:
+                raise _translate(path, error) from error
+        if not left:
+            raise TraceInvalid(f"{path} is larger than {limit} bytes", code="trace.hostile")
+        return b"".join(parts)
+
+    @contextmanager
+    def open(self, path: str) -> Generator[int]:
+        """Open a regular file to read; it is closed on leaving the block."""
+        with self._parent(path) as (parent, name):
+            try:
+                fd = os.open(name, _READ, dir_fd=parent)
+            except OSError as error:
+                raise _translate(path, error) from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise TraceInvalid(f"{path} is not a regular file", code="trace.hostile")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether something has this name, without following it."""
+        try:
+            with self._parent(path) as (parent, name):
+                os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except (OSError, TraceInvalid):
+            return False
+        return True
+
+    def names(self, path: str) -> list[str]:
+        """Return the sorted names in a folder; empty where there is none."""
+        try:
+            with self._descend(path.split("/") if path else []) as fd, os.scandir(fd) as entries:
+                names: list[str] = []
+                for entry in entries:
+                    if len(names) == MAX_NAMES:
+                        raise TraceInvalid(f"{path} holds too many files", code="trace.hostile")
+                    names.append(entry.name)
+                return sorted(names)
+        except TraceInvalid as error:
+            if error.code == "trace.missing":
+                return []
+            raise
+
+    def make(self, path: str, *, mode: int = 0o755) -> None:
+        """Create a folder, and the ones above it, durably."""
+        self.make_below(self._root, path.split("/"), mode)
+
+    @staticmethod
+    def make_below(root: int, parts: list[str], mode: int) -> None:
+        """Create nested folders below a descriptor."""
+        fd = os.dup(root)
+        try:
+            for part in parts:
+                with suppress(FileExistsError):
+                    os.mkdir(part, mode, dir_fd=fd)
+                    os.fsync(fd)
+                below = os.open(part, _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+        finally:
+            os.close(fd)
+
+    def write(self, path: str, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+        """Replace a file at once. When ``durable``, it survives a power cut after the return."""
+        folder = path.rpartition("/")[0]
+        if folder and not self.exists(folder):
+            self.make(folder)
+        with self._parent(path) as (parent, name):
+            temporary = f".{name}.tmp"
+            fd = os.open(temporary, _CREATE, mode, dir_fd=parent)
+            try:
+                write_whole(fd, data)
+                if durable:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            if durable:
+                os.fsync(parent)
+
+    def open_append(self, path: str, *, mode: int = 0o644) -> int:
+        """Open or create a file to append to; the caller closes the descriptor."""
+        with self._parent(path) as (parent, name):
+            fd = os.open(name, _APPEND, mode, dir_fd=parent)
+            os.fsync(parent)
+            return fd
+
+    def open_lock(self, path: str) -> int:
+        """Open or create a lock file; the caller closes the descriptor."""
+        with self._parent(path) as (parent, name):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(name, flags, 0o600, dir_fd=parent)
+
+    def truncate(self, path: str, size_bytes: int) -> None:
+        """Cut a file of ours and make that durable."""
+        with self._parent(path) as (parent, name):
+            fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                os.ftruncate(fd, size_bytes)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        with suppress(FileNotFoundError), self._parent(path) as (parent, name):
+            os.unlink(name, dir_fd=parent)
+
+    def remove_folder(self, path: str) -> None:
+        """Remove a flat folder with its files, if it is there."""
+        for name in self.names(path):
+            self.remove(f"{path}/{name}")
+        with suppress(FileNotFoundError, TraceInvalid), self._parent(path) as (parent, name):
+            os.rmdir(name, dir_fd=parent)
+
+    @contextmanager
+    def _parent(self, path: str) -> Generator[tuple[int, str]]:
+        *folders, name = path.split("/")
+        with self._descend(folders) as fd:
+            yield fd, name
+
+    @contextmanager
+    def _descend(self, parts: list[str]) -> Generator[int]:
+        fd = os.dup(self._root)
+        try:
+            for part in parts:
+                try:
+                    below = os.open(part, _DIRECTORY, dir_fd=fd)
+                except OSError as error:
+                    raise _translate("/".join(parts), error) from error
+                os.close(fd)
+                fd = below
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Write all bytes or raise OSError: a disk that fills up mid-way counts as full."""
+    done = os.write(fd, data)
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def _translate(path: str, error: OSError) -> TraceInvalid:
+    if error.errno == ENOENT:
+        return TraceInvalid(f"{path} is missing", code="trace.missing")
+    if error.errno in (ELOOP, ENOTDIR, ENXIO):
+        return TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
+    return TraceInvalid(f"{path}: {error.strerror}", code="trace.io")
