@@ -1,0 +1,298 @@
+//! The one module with `unsafe`: system calls that rustix does not wrap.
+//!
+//! INVARIANT: the launcher and everything it clones is single-threaded, so process-wide effects
+//! (signal masks, credentials, fork) have no second thread to surprise.
+
+use std::ffi::CString;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+
+pub const CLONE_NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS) as u64;
+pub const CLONE_NEWUSER: u64 = libc::CLONE_NEWUSER as u64;
+
+pub const MOUNT_ATTR_RDONLY: u64 = 0x1;
+pub const MOUNT_ATTR_NOSUID: u64 = 0x2;
+pub const MOUNT_ATTR_NODEV: u64 = 0x4;
+const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+
+fn check(result: libc::c_long) -> Result<libc::c_long, Errno> {
+    if result < 0 {
+        return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+    }
+    Ok(result)
+}
+
+/// Clone this process into new namespaces, clone3(2). `None` is the child.
+pub fn clone_into(flags: u64) -> Result<Option<i32>, Errno> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        fields: [u64; 11],
+    }
+    let mut args = CloneArgs::default();
+    args.fields[0] = flags;
+    args.fields[4] = libc::SIGCHLD as u64;
+    // SAFETY: no CLONE_VM and no stack: the child is a copy, like fork(2). The structure is the
+    // kernel's `struct clone_args` (11 u64 fields, size 88) and outlives the call.
+    let pid =
+        check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) })?;
+    Ok(i32::try_from(pid).ok().filter(|pid| *pid != 0))
+}
+
+/// Put new user and cgroup namespaces under this process, unshare(2).
+pub fn unshare(flags: i32) -> Result<(), Errno> {
+    // SAFETY: single-threaded; no memory is shared with another task.
+    check(unsafe { libc::unshare(flags) }.into()).map(drop)
+}
+
+/// Set attributes of a detached mount and all below it, `mount_setattr(2)`.
+pub fn mount_setattr(
+    mount: BorrowedFd,
+    recursive: bool,
+    set: u64,
+    mapping: Option<BorrowedFd>,
+) -> Result<(), Errno> {
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        userns: u64,
+    }
+    let attributes = MountAttr {
+        set: set
+            | if mapping.is_some() {
+                MOUNT_ATTR_IDMAP
+            } else {
+                0
+            },
+        clear: 0,
+        propagation: 0,
+        userns: mapping.map_or(0, |fd| u64::try_from(fd.as_raw_fd()).unwrap_or(0)),
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: an empty NUL-terminated path and the kernel's `struct mount_attr` of 32 bytes.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<MountAttr>(),
+        )
+    })
+    .map(drop)
+}
+
+/// Give up every capability for good: bounding, ambient, effective, permitted, inheritable.
+pub fn drop_capabilities() -> Result<(), Errno> {
+    const HEADER_V3: u32 = 0x2008_0522;
+    // LIMIT: capability numbers end well below 64; the kernel answers EINVAL past its last one.
+    for capability in 0..64 {
+        // SAFETY: prctl(2) with scalar arguments.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        match check(result.into()) {
+            // EPERM: an ordinary user without namespaces; no_new_privs makes the bounding set moot.
+            Ok(_) | Err(Errno::PERM) => {}
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    // SAFETY: prctl(2) with scalar arguments.
+    check(
+        unsafe {
+            libc::prctl(
+                libc::PR_CAP_AMBIENT,
+                libc::PR_CAP_AMBIENT_CLEAR_ALL,
+                0,
+                0,
+                0,
+            )
+        }
+        .into(),
+    )?;
+    let header = [HEADER_V3, 0];
+    let none = [0_u32; 6];
+    // SAFETY: capset(2) version 3: a header of two words and two data records of three words.
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) }).map(drop)
+}
+
+/// The kernel's Landlock ABI; 0 where Landlock is absent or disabled, landlock(7).
+pub fn landlock_abi() -> i32 {
+    const VERSION: libc::c_ulong = 1;
+    // SAFETY: a null attribute of size zero asks for the version only.
+    let abi = check(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0,
+            VERSION,
+        )
+    });
+    abi.ok()
+        .and_then(|abi| i32::try_from(abi).ok())
+        .unwrap_or(0)
+}
+
+/// Install a classic BPF program for this thread and its children, seccomp(2).
+pub fn load_filter(program: &[u8]) -> Result<(), Errno> {
+    #[repr(C)]
+    struct Program {
+        length: u16,
+        instructions: *const u8,
+    }
+    if program.is_empty() || program.len() % 8 != 0 {
+        return Err(Errno::INVAL);
+    }
+    let length = u16::try_from(program.len() / 8).map_err(|_| Errno::INVAL)?;
+    let program = Program {
+        length,
+        instructions: program.as_ptr(),
+    };
+    const SET_MODE_FILTER: libc::c_ulong = 1;
+    // SAFETY: the kernel's `struct sock_fprog` pointing at `length` whole instructions.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, 0, &raw const program) })
+        .map(drop)
+}
+
+/// Bound one resource, setrlimit(2), soft and hard alike. A lower bound in force stays in force.
+pub fn limit(resource: u32, value: u64) -> Result<(), Errno> {
+    let mut bound = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: a valid structure; an unknown resource number is answered with EINVAL.
+    check(unsafe { libc::getrlimit(resource, &raw mut bound) }.into())?;
+    bound.rlim_max = bound.rlim_max.min(value);
+    bound.rlim_cur = bound.rlim_max;
+    // SAFETY: a valid structure; an unknown resource number is answered with EINVAL.
+    check(unsafe { libc::setrlimit(resource, &raw const bound) }.into()).map(drop)
+}
+
+/// Close every descriptor from `first` on, `close_range(2)`.
+pub fn close_from(first: RawFd) -> Result<(), Errno> {
+    let first = libc::c_uint::try_from(first).map_err(|_| Errno::BADF)?;
+    // SAFETY: callers hold no live descriptor object at or above `first` that they use again.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) }).map(drop)
+}
+
+/// Close every descriptor except `keep`.
+pub fn close_all_but(keep: &[RawFd]) -> Result<(), Errno> {
+    let mut keep: Vec<RawFd> = keep.to_vec();
+    keep.sort_unstable();
+    let mut first = 0;
+    for fd in keep {
+        if fd > first {
+            // SAFETY: as in `close_from`; the range ends below a kept descriptor.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) })?;
+        }
+        first = fd + 1;
+    }
+    close_from(first)
+}
+
+/// Make `fd` appear as `target`, inheritable, dup2(2); equal numbers lose close-on-exec.
+pub fn place(fd: RawFd, target: RawFd) -> Result<(), Errno> {
+    if fd == target {
+        // SAFETY: fcntl(2) with scalar arguments.
+        return check(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }.into()).map(drop);
+    }
+    // SAFETY: scalar arguments; the old `target` is owned by nobody in this process any more.
+    check(unsafe { libc::dup2(fd, target) }.into()).map(drop)
+}
+
+/// Copy `fd` to a number of at least `lowest`, close-on-exec.
+pub fn lift(fd: RawFd, lowest: RawFd) -> Result<RawFd, Errno> {
+    // SAFETY: fcntl(2) with scalar arguments.
+    let fd = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) }.into())?;
+    RawFd::try_from(fd).map_err(|_| Errno::BADF)
+}
+
+/// A descriptor that reads as ready when a child changed state, signalfd(2). Blocks SIGCHLD.
+pub fn child_events() -> Result<OwnedFd, Errno> {
+    // SAFETY: the set is initialised by sigemptyset before it is used; the descriptor is new.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        check(libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()).into())?;
+        let fd = check(
+            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK).into(),
+        )?;
+        Ok(OwnedFd::from_raw_fd(
+            RawFd::try_from(fd).map_err(|_| Errno::BADF)?,
+        ))
+    }
+}
+
+/// Undo what the parent did to signals: default actions, nothing blocked.
+pub fn reset_signals() -> Result<(), Errno> {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL needs no handler; KILL and STOP answer EINVAL, which is fine.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: an initialised empty set.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()).into())
+            .map(drop)
+    }
+}
+
+/// Kill every process this one may signal, except itself, kill(2) with pid -1.
+///
+/// The kernel walks all tasks under one lock, so a fork bomb cannot outrun it. INVARIANT: called
+/// only by a namespace's pid 1 or inside a Landlock signal scope; never by the launcher.
+pub fn kill_everything() {
+    // SAFETY: scalar arguments; the invariant above bounds whom it reaches.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+}
+
+/// What all waited-for descendants used: (cpu µs, largest resident set KiB), getrusage(2).
+pub fn children_usage() -> (u64, u64) {
+    // SAFETY: the structure is plain data that getrusage fills; zero is a valid value.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage);
+        usage
+    };
+    let micros = |time: libc::timeval| (time.tv_sec * 1_000_000 + time.tv_usec).unsigned_abs();
+    (
+        micros(usage.ru_utime) + micros(usage.ru_stime),
+        usage.ru_maxrss.unsigned_abs(),
+    )
+}
+
+/// Replace this process, execve(2). Returns only the reason it failed.
+pub fn exec(path: &CString, argv: &[CString], environment: &[CString]) -> Errno {
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter()
+            .map(|text| text.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (argv, environment) = (pointers(argv), pointers(environment));
+    // SAFETY: both arrays end with NULL and their strings outlive the call.
+    let result = unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), environment.as_ptr()) };
+    check(result.into()).err().unwrap_or(Errno::IO)
+}
+
+/// Leave at once, without running destructors that the parent still owns, `_exit(2)`.
+pub fn leave(code: i32) -> ! {
+    // SAFETY: never returns; nothing is flushed on purpose.
+    unsafe { libc::_exit(code) }
+}
+
+/// Take over a descriptor number that the process was started with.
+pub fn adopt(fd: RawFd) -> OwnedFd {
+    // SAFETY: called once, at start, for the control descriptor the supervisor passed.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

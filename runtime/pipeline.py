@@ -1,0 +1,181 @@
+"""The path of one Call, on one screen.
+
+    Call → canonical document → decide → (ask) → record → execute → record the outcome → result
+
+INVARIANT: nothing runs without a recorded intent; nothing is decided on one spelling of a path
+and executed on another; every failure on the way is a refusal, and is recorded as one. This is
+the only module that joins policies, sandbox and trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from safeconduct.call import Call, Decision, Document, Effect, Outcome, Profile
+from safeconduct.errors import ApprovalRequired, Denied, Error, SandboxFailed
+from safeconduct.policies import Canonical, Judged, canonicalize, decide, hidden_by
+
+from .record import Recorder
+from .tools.task import Sink, Task
+from .tools.toolbox import Toolbox
+
+# Asks a person about a Call: who said yes, or None for no. Raises ApprovalRequired if nobody is
+# there to be asked.
+Approver = Callable[[Call, Decision], str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A Call that was allowed and whose intent is recorded: it may run now, once."""
+
+    call: Call
+    decision: Decision
+    profile: Profile
+    canonical: Canonical
+
+    @property
+    def document(self) -> Document:
+        """The one spelling of the Call that was judged."""
+        return self.canonical.document
+
+
+class Pipeline:
+    """Takes Calls of one session along the path. Safe to use from several threads."""
+
+    def __init__(
+        self, policy: Judged, recorder: Recorder, toolbox: Toolbox, approver: Approver
+    ) -> None:
+        self._policy, self._recorder = policy, recorder
+        self._toolbox, self._approver = toolbox, approver
+
+    def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
+        """Judge, run and record one Call of a tool we execute. Blocks until it is over.
+
+        ``sink`` receives a program's output as it comes. Raises Denied, ApprovalRequired,
+        ToolFailed, LimitExceeded, SandboxFailed, SandboxUnavailable or TraceInvalid; then the
+        Call had no effect or was ended.
+        """
+        with self.admit(call) as admitted:
+            outcome = self._toolbox.run(self._task(admitted, sink))
+            self._recorder.outcome(call, outcome)
+            return outcome
+
+    @contextmanager
+    def admit(self, call: Call) -> Generator[Admitted]:
+        """Judge and record one Call; inside the block it may run. For tools others execute.
+
+        Whoever enters records the Outcome with ``settle``; an Error that leaves the block is
+        recorded as the outcome. Raises as ``perform`` does before anything ran.
+        """
+        with self._judged(call) as (canonical, decision):
+            if decision.profile is None:
+                raise Denied("No profile to run in.", code="policy.error", rules=decision.rules)
+            yield Admitted(
+                call=call, decision=decision, profile=decision.profile, canonical=canonical
+            )
+
+    def settle(self, admitted: Admitted, outcome: Outcome) -> None:
+        """Record the Outcome of a Call that somebody else executed."""
+        self._recorder.outcome(admitted.call, outcome)
+
+    @contextmanager
+    def operate(self, call: Call, profile: Profile) -> Generator[Admitted]:
+        """Record a program that the operator's own command line starts; no rule judges it.
+
+        Its decision has the code ``operator.command``. Otherwise as ``admit``.
+        """
+        document = Document(
+            tool=call.tool, arguments=call.arguments, workspace=self._policy.workspace
+        )
+        decision = Decision(
+            effect=Effect.ALLOW,
+            policy=self._policy.version,
+            code="operator.command",
+            reason="The operator's command line names it.",
+            profile=profile,
+        )
+        self._recorder.intent(call, document)
+        self._recorder.decision(call, decision)
+        with self._failures_of(call):
+            yield Admitted(
+                call=call, decision=decision, profile=profile, canonical=Canonical(document, {})
+            )
+
+    @contextmanager
+    def _judged(self, call: Call) -> Generator[tuple[Canonical, Decision]]:
+        try:
+            canonical = self._canonical(call)
+        except Denied as refusal:
+            self._refuse(call, refusal)
+            raise
+        with canonical:
+            decision = decide(self._policy, canonical.document)
+            self._recorder.intent(call, canonical.document)
+            self._recorder.decision(call, decision)
+            with self._failures_of(call):
+                yield canonical, self._allowed(call, decision)
+
+    @contextmanager
+    def _failures_of(self, call: Call) -> Generator[None]:
+        """Record what ends a Call early as its outcome."""
+        try:
+            yield
+        except Error as error:
+            self._recorder.failure(call, error)
+            raise
+        except BaseException:
+            self._recorder.failure(call, SandboxFailed("Interrupted.", step="interrupted"))
+            raise
+
+    def _canonical(self, call: Call) -> Canonical:
+        canonical = canonicalize(self._policy, call)
+        if any(self._toolbox.shields.refuses(item.path) for item in canonical.descriptors.values()):
+            canonical.close()
+            raise Denied("No tool may look there.", code="path.hidden")
+        return canonical
+
+    def _allowed(self, call: Call, decision: Decision) -> Decision:
+        """Return the decision if it allows, asking a person where the policy says so."""
+        if decision.effect is Effect.DENY:
+            raise Denied(decision.reason, rules=decision.rules, code=decision.code)
+        if decision.effect is Effect.ALLOW:
+            return decision
+        try:
+            by = self._approver(call, decision)
+        except ApprovalRequired:
+            self._recorder.approval(call, answer="none", by="nobody")
+            raise
+        self._recorder.approval(call, answer="yes" if by else "no", by=by or "operator")
+        if not by:
+            raise Denied("The operator said no.", rules=decision.rules, code="approval.refused")
+        return replace(decision, effect=Effect.ALLOW)
+
+    def _refuse(self, call: Call, refusal: Denied) -> None:
+        """Record a Call that has no canonical form: it is denied as it stands."""
+        decision = Decision(
+            effect=Effect.DENY,
+            policy=self._policy.version,
+            code=refusal.code,
+            reason=refusal.message,
+        )
+        self._recorder.intent(call, None)
+        self._recorder.decision(call, decision)
+        self._recorder.failure(call, refusal)
+
+    def _task(self, admitted: Admitted, sink: Sink | None) -> Task:
+        return Task(
+            call=admitted.call.id,
+            document=admitted.document,
+            profile=admitted.profile,
+            objects=admitted.canonical.descriptors,
+            hides=partial(hidden_by, admitted.profile.hide),
+            sink=sink,
+        )
+
+
+def nobody(call: Call, decision: Decision) -> str | None:
+    """Answer an ask when no person is there: the Call can be resumed later by its id."""
+    raise ApprovalRequired(decision.reason, call=call.id, rules=decision.rules)

@@ -1,0 +1,137 @@
+"""Step "record": what the pipeline knows, as entries of one session of a Trace.
+
+What may hold secrets or can be guessed (arguments, output) enters as salted commitments.
+docs/trace-format.md lists the fields of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from safeconduct.attestation import TraceWriter, clear_name
+from safeconduct.call import (
+    Call,
+    Confinement,
+    Decision,
+    Document,
+    Durability,
+    EntryKind,
+    Json,
+    Outcome,
+)  # fmt: skip
+from safeconduct.errors import Denied, Error, LimitExceeded, ToolFailed
+
+# Tools whose effect stays on this machine; before all others the intent is on disk.
+_LOCAL_TOOLS = frozenset({"fs.read", "fs.list", "fs.write", "shell.run", "wasm.run"})
+
+
+class Recorder:
+    """Writes the entries of one session. Thread-safe as the TraceWriter is."""
+
+    def __init__(self, writer: TraceWriter, *, caller: str, origin: str) -> None:
+        self._writer = writer
+        self.session = writer.open_session(clear_name(caller), clear_name(origin))
+
+    def policy(self, version: str, file: str, why: str, confinement: Confinement) -> None:
+        """Record which policy is in force and what this machine enforces."""
+        body: dict[str, Json] = {
+            "policy": version,
+            "file": clear_name(file),
+            "why": clear_name(why),
+        }
+        self._append(EntryKind.POLICY_LOAD, body | _confinement(confinement))
+
+    def intent(self, call: Call, document: Document | None) -> None:
+        """Record what is about to be judged; on return it is as durable as the tool demands.
+
+        Without ``document`` the Call could not be brought to a canonical form.
+        """
+        judged: dict[str, Json] = {"tool": call.tool, "arguments": None, "workspace": None}
+        if document is not None:
+            judged = asdict(document)
+        body: dict[str, Json] = {
+            "call": call.id,
+            "tool": clear_name(call.tool),
+            "caller": clear_name(call.caller),
+            "origin": clear_name(call.origin),
+            "parent": call.parent,
+        }
+        self._append(EntryKind.CALL_INTENT, body, committed={"document": judged})
+
+    def decision(self, call: Call, decision: Decision) -> None:
+        """Record the judgement; after it, the effect may happen."""
+        body: dict[str, Json] = {
+            "call": call.id,
+            "effect": str(decision.effect),
+            "code": decision.code,
+            "rules": list(decision.rules),
+            "policy": decision.policy,
+            "enforcement": str(decision.enforcement),
+            "profile": decision.profile.name if decision.profile else None,
+        }
+        local = call.tool in _LOCAL_TOOLS
+        durability = Durability.VOLATILE if local else Durability.SYNC
+        self._append(EntryKind.CALL_DECISION, body, durability=durability)
+
+    def approval(self, call: Call, *, answer: str, by: str) -> None:
+        """Record a person's answer to an asked Call."""
+        body: dict[str, Json] = {"call": call.id, "answer": answer, "by": clear_name(by)}
+        self._append(EntryKind.APPROVAL, body)
+
+    def outcome(self, call: Call, outcome: Outcome) -> None:
+        """Record what came of a Call that ran."""
+        status = "limit" if outcome.limit else "ok" if outcome.ok else "failed"
+        body: dict[str, Json] = {
+            "call": call.id,
+            "status": status,
+            "code": f"limit.{outcome.limit}" if outcome.limit else None,
+            "exit_code": outcome.exit_code,
+            "signal": outcome.signal,
+            "limit": outcome.limit,
+            "truncated": outcome.truncated,
+            "usage": dict(asdict(outcome.usage)),
+        }
+        results: dict[str, Json | bytes] = {"stdout": outcome.stdout, "stderr": outcome.stderr}
+        if outcome.value is not None:
+            results["value"] = outcome.value
+        committed = {name: value for name, value in results.items() if value != b""}
+        self._append(
+            EntryKind.CALL_OUTCOME, body | _confinement(outcome.confinement), committed=committed
+        )
+
+    def failure(self, call: Call, error: Error) -> None:
+        """Record that a Call was refused or broke: there is no Outcome."""
+        status = "error"
+        if isinstance(error, Denied):
+            status = "denied"
+        elif isinstance(error, LimitExceeded):
+            status = "limit"
+        elif isinstance(error, ToolFailed):
+            status = "failed"
+        body: dict[str, Json] = {"call": call.id, "status": status, "code": clear_name(error.code)}
+        self._append(EntryKind.CALL_OUTCOME, body)
+
+    def close(self) -> None:
+        """End the session; what was recorded is then signed."""
+        self._writer.close_session(self.session)
+
+    def _append(
+        self,
+        kind: EntryKind,
+        body: Mapping[str, Json],
+        *,
+        committed: Mapping[str, Json | bytes] | None = None,
+        durability: Durability = Durability.VOLATILE,
+    ) -> None:
+        self._writer.append(
+            kind, body, session=self.session, committed=committed, durability=durability
+        )
+
+
+def _confinement(confinement: Confinement) -> dict[str, Json]:
+    return {
+        "tier": str(confinement.tier) if confinement.tier else None,
+        "layers": list(confinement.layers),
+        "held": {name: str(held) for name, held in confinement.held.items()},
+    }

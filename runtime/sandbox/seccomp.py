@@ -1,0 +1,225 @@
+"""Step "sandbox": the system calls a sandboxed program may make, compiled by libseccomp.
+
+An allow-list: what is not named returns ENOSYS, as on a kernel that never had it (EPERM makes
+programs such as Java give up instead of falling back). Other architectures and x32 are killed.
+Arguments are compared only where they are scalars, never where they point to memory, because
+another thread could change what was checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import cache
+from tempfile import TemporaryFile
+from typing import TypeAlias
+
+import pyseccomp as libseccomp
+
+from safeconduct.call import Tier
+from safeconduct.errors import SandboxUnavailable
+
+_FILES = """
+    read write close stat fstat lstat newfstatat statx poll ppoll select pselect6 lseek pread64
+    pwrite64 readv writev preadv pwritev preadv2 pwritev2 access faccessat faccessat2 pipe pipe2
+    dup dup2 dup3 flock fsync fdatasync sync_file_range truncate ftruncate getdents
+    getdents64 getcwd chdir fchdir rename renameat renameat2 mkdir mkdirat rmdir link linkat
+    unlink unlinkat symlink symlinkat readlink readlinkat chown fchown lchown fchownat umask utime
+    utimes futimesat utimensat statfs fstatfs copy_file_range sendfile splice tee fallocate
+    fadvise64 readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr eventfd
+    eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime epoll_create
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 close_range landlock_create_ruleset landlock_add_rule
+    landlock_restrict_self
+"""
+_MEMORY = """
+    mmap mprotect munmap brk mremap madvise mincore msync mlock mlock2 munlock mlockall munlockall
+    membarrier pkey_mprotect pkey_alloc pkey_free
+"""
+_PROCESSES = """
+    fork vfork execve exit exit_group wait4 waitid kill tkill tgkill getpid getppid gettid getpgid
+    getpgrp setpgid getsid setsid getuid geteuid getgid getegid getresuid getresgid getgroups
+    setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capget capset
+    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigqueueinfo
+    rt_tgsigqueueinfo rt_sigsuspend sigaltstack restart_syscall pidfd_open pidfd_send_signal pause
+    futex futex_waitv set_robust_list get_robust_list set_tid_address rseq arch_prctl
+    sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
+    sched_get_priority_min sched_rr_get_interval getpriority getrlimit setrlimit getrusage sysinfo
+    uname getcpu getrandom
+"""
+# Calls that change a process named by pid, and which argument names it. Landlock does not hook
+# them, so where there is no pid namespace only "myself" (0) may be named.
+_OTHERS = (
+    ("prlimit64", 0), ("sched_setaffinity", 0), ("sched_setparam", 0), ("sched_setscheduler", 0),
+)  # fmt: skip
+# setpriority(2) PRIO_PROCESS; PRIO_USER would reach every process of the user.
+_PRIO_PROCESS = 0
+_TIME = """
+    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getitimer
+    setitimer alarm timer_create timer_settime timer_gettime timer_getoverrun timer_delete
+"""
+# On descriptors the program was given, or of its own socketpair: there is no socket(2).
+_MESSAGES = """
+    sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt getsockname getpeername
+"""
+# System V IPC is safe only in an IPC namespace of one's own; inotify(7) tells of names and
+# accesses that Landlock hides, so it needs a mount namespace.
+_NAMESPACED = """
+    shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl
+    inotify_init inotify_init1 inotify_add_watch inotify_rm_watch
+"""
+
+# clone(2): every namespace flag, CLONE_NEWTIME included.
+_NAMESPACE_FLAGS = 0x7E02_0080
+_SET_ID_BITS = 0o6000
+# open(2): O_CREAT and the O_TMPFILE bit; without them the mode argument means nothing.
+_CREATING_FLAGS = 0o100 | 0o20000000
+_MFD_NOEXEC_SEAL = 0x8
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+# prctl(2) options that name, count or tie down only the caller itself.
+_PRCTL_OPTIONS = (
+    1, 2, 3, 4, 7, 15, 16, 21, 23, 29, 30, 36, 37, 38, 39, 41, 42, 47, 56, 0x53564D41,
+)  # fmt: skip
+# ioctl(2) requests on terminals, pipes and files; TIOCSTI and TIOCLINUX are not among them.
+_IOCTL_REQUESTS = (
+    0x5401, 0x5402, 0x5403, 0x5404, 0x540F, 0x5410, 0x5413, 0x5414, 0x541B, 0x5421, 0x5450,
+    0x5451, 0x5452, 0x802C542A, 0x80045430, 0x40049409, 0x4020940D, 0x80086601,
+)  # fmt: skip
+_PERSONALITIES = (0, 0xFFFFFFFF)
+_AF_UNIX = 1
+# A pair of datagram sockets (SOCK_RAW is one too, unix(7)) is connected and yet sends to any other
+# address, past the missing socket(2): only kinds that cannot.
+_SOCKET_KINDS, _SOCKET_KIND_MASK = (1, 5), 0xF
+_SOL_SOCKET = 1
+# setsockopt(2) options of buffers, times and credentials; no SO_ATTACH_FILTER: no kernel JIT.
+_SOCKET_OPTIONS = (2, 7, 8, 9, 13, 15, 16, 20, 21, 66, 67)
+# fcntl(2): no F_SETLEASE (it holds up whoever opens the file next), F_NOTIFY or F_SETOWN.
+_FCNTL_COMMANDS = (*range(8), 9, 36, 37, 38, *range(1030, 1039))
+_FILE_TYPES = (0, 0o100000, 0o010000)  # mknod(2): regular file (two spellings) and FIFO
+_FILE_TYPE_MASK = 0o170000
+_SET_XATTR = "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+
+
+@cache
+def compile_filter(tier: Tier) -> bytes:
+    """Compile the filter of a tier to classic BPF, ``struct sock_filter[]`` in native order.
+
+    Raises SandboxUnavailable where libseccomp is missing or refuses.
+    """
+    try:
+        program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
+        program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
+        program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
+        for action, name, arguments in _rules(tier):
+            if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
+                program.add_rule(action, name, *arguments)
+        with TemporaryFile() as file:
+            program.export_bpf(file)
+            file.seek(0)
+            return file.read()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SandboxUnavailable(
+            f"libseccomp cannot compile the filter: {error}",
+            missing="seccomp",
+            hint="Install libseccomp 2.5 or newer (package libseccomp2).",
+        ) from error
+
+
+def digest(tier: Tier) -> str:
+    """Name the compiled filter, for the trace."""
+    return hashlib.sha256(compile_filter(tier)).hexdigest()
+
+
+_Rule: TypeAlias = tuple[int, str, tuple[libseccomp.Arg, ...]]
+
+
+def _rules(tier: Tier) -> Iterator[_Rule]:
+    allow = libseccomp.ALLOW
+    plain = _FILES + _MEMORY + _PROCESSES + _TIME + _MESSAGES
+    for name in (plain + (_NAMESPACED if tier is Tier.FULL else "")).split():
+        yield allow, name, ()
+    for name, position in _OTHERS:
+        yield allow, name, () if tier is Tier.FULL else (_equal(position, 0),)
+    myself = (_equal(0, _PRIO_PROCESS), _equal(1, 0))
+    yield allow, "setpriority", () if tier is Tier.FULL else myself
+    yield from _files_without_set_id()
+    yield allow, "clone", (libseccomp.Arg(0, libseccomp.MASKED_EQ, _NAMESPACE_FLAGS, 0),)
+    for kind in _SOCKET_KINDS:
+        of_kind = libseccomp.Arg(1, libseccomp.MASKED_EQ, _SOCKET_KIND_MASK, kind)
+        yield allow, "socketpair", (_equal(0, _AF_UNIX), of_kind)
+    for option in _SOCKET_OPTIONS:
+        yield allow, "setsockopt", (_equal(1, _SOL_SOCKET), _equal(2, option))
+    for command in _FCNTL_COMMANDS:
+        yield allow, "fcntl", (_equal(1, command),)
+    seal = libseccomp.Arg(1, libseccomp.MASKED_EQ, _MFD_NOEXEC_SEAL, _MFD_NOEXEC_SEAL)
+    yield allow, "memfd_create", (seal,)
+    for option in _PRCTL_OPTIONS:
+        yield allow, "prctl", (_equal(0, option),)
+    for request in _IOCTL_REQUESTS:
+        yield allow, "ioctl", (_equal(1, request),)
+    for persona in _PERSONALITIES:
+        yield allow, "personality", (_equal(0, persona),)
+    yield libseccomp.ERRNO(errno.EAFNOSUPPORT), "socket", ()
+    for name in _SET_XATTR.split():
+        yield libseccomp.ERRNO(errno.EOPNOTSUPP), name, ()
+
+
+def _files_without_set_id() -> Iterator[_Rule]:
+    """Yield the calls that give a file its mode: never set-user-ID or set-group-ID.
+
+    As root the workspace is id-mapped to its owner, so such a bit would reach the host's disk.
+    """
+    for name, mode in (("chmod", 1), ("fchmod", 1), ("fchmodat", 2), ("creat", 1)):
+        yield libseccomp.ALLOW, name, (_no_set_id(mode),)
+        for bit in (0o2000, 0o4000):
+            arguments = (libseccomp.Arg(mode, libseccomp.MASKED_EQ, bit, bit),)
+            yield libseccomp.ERRNO(errno.EPERM), name, arguments
+    for name, flags in (("open", 1), ("openat", 2)):
+        yield libseccomp.ALLOW, name, (_no_set_id(flags + 1),)
+        reading = libseccomp.Arg(flags, libseccomp.MASKED_EQ, _CREATING_FLAGS, 0)
+        yield libseccomp.ALLOW, name, (reading,)
+    for name, mode in (("mknod", 1), ("mknodat", 2)):
+        for kind in _FILE_TYPES:
+            wanted = _FILE_TYPE_MASK | _SET_ID_BITS
+            yield (
+                libseccomp.ALLOW,
+                name,
+                (libseccomp.Arg(mode, libseccomp.MASKED_EQ, wanted, kind),),
+            )
+
+
+def _no_set_id(position: int) -> object:
+    return libseccomp.Arg(position, libseccomp.MASKED_EQ, _SET_ID_BITS, 0)
+
+
+def _equal(position: int, value: int) -> object:
+    return libseccomp.Arg(position, libseccomp.EQ, value)
+
+
+def memory_file(data: bytes) -> int:
+    """Return a read-only descriptor of a new memfd that holds ``data``; the caller closes it.
+
+    It is sealed: a sandbox that is handed one can neither change it nor execute it.
+    """
+    fd = _memory_descriptor()
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(data)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        os.fchmod(fd, 0o444)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+
+
+def _memory_descriptor() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("safeconduct", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Before Linux 6.3 there is no such flag; the file mode alone refuses to execute it.
+        return os.memfd_create("safeconduct", flags)

@@ -1,0 +1,274 @@
+"""The supervisor: everything one agent's run needs, put up once and taken down as one.
+
+It starts two processes, the launcher (makes sandboxes) and the signer (holds the log key), opens
+the Trace and hands Calls to the pipeline. It holds no key itself.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import anyio.to_thread
+
+from safeconduct.attestation import SignerClient, TraceWriter, write_key
+from safeconduct.call import Call, Confinement, Json, Outcome, Tier
+from safeconduct.errors import LimitExceeded, SandboxUnavailable, TraceInvalid
+from safeconduct.policies import PROTECTED, Judged, Resolution, resolve_policy, state_folder
+
+from .pipeline import Approver, Pipeline, nobody
+from .record import Recorder
+from .sandbox import cgroup
+from .sandbox.launcher import Launcher
+from .sandbox.layout import inside
+from .sandbox.machine import Machine
+from .sandbox.native import NativeSandbox, survey
+from .sandbox.shield import Shields
+from .sandbox.wasm import WasmEngine
+from .tools.task import Sink
+from .tools.toolbox import Toolbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where this user's key, signer memory and traces lie. Absent in every sandbox."""
+
+    state: Path
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Places:
+        """Find them through XDG_STATE_HOME, else below HOME."""
+        return cls(state=state_folder(environment))
+
+    @property
+    def key(self) -> Path:
+        """The private log key, mode 0600."""
+        return self.state / "keys" / "log.key"
+
+    @property
+    def public_key(self) -> Path:
+        """The key line that others verify with."""
+        return self.state / "keys" / "log.pub"
+
+    @property
+    def signer(self) -> Path:
+        """What the signer remembers having signed."""
+        return self.state / "signer"
+
+    @property
+    def traces(self) -> Path:
+        """The traces of runs that named no other place."""
+        return self.state / "traces"
+
+    def prepare(self) -> None:
+        """Make the folders and, the first time, a key."""
+        for folder in (self.state, self.key.parent, self.signer, self.traces):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.key.exists():
+            line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
+            self.public_key.write_text(line + "\n")
+
+    def new_trace(self) -> Path:
+        """Name a folder for a new trace: by time, for people, and unique."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        return self.traces / f"{stamp}-{secrets.token_hex(3)}"
+
+
+class Runtime:
+    """Runs Calls under one policy, in one session of one Trace. Safe to use from threads.
+
+    A context manager; ``close`` ends every process it started and signs the Trace.
+    """
+
+    def __init__(
+        self, stack: ExitStack, pipeline: Pipeline, *, native: NativeSandbox, shields: Shields,
+        recorder: Recorder, resolution: Resolution, machine: Machine, trace: Path,
+    ) -> None:  # fmt: skip
+        """Take over what ``from_policy`` put up; use that."""
+        self.pipeline, self.native, self.shields = pipeline, native, shields
+        self.resolution, self.machine, self.trace = resolution, machine, trace
+        self.session = recorder.session
+        self._stack = stack
+
+    @classmethod
+    def from_policy(
+        cls,
+        policy: str | Path | None = None,
+        *,
+        workspace: str | Path | None = None,
+        trace: str | Path | None = None,
+        tier: Tier | None = None,
+        approver: Approver = nobody,
+        caller: str = "local",
+        origin: str = "sdk",
+        environment: Mapping[str, str] | None = None,
+    ) -> Runtime:
+        """Put up a runtime. Starts two processes; creates a key and a trace folder if needed.
+
+        Without ``policy`` it is discovered (docs/policy-language.md). ``tier`` asks for exactly
+        that tier by name. ``environment`` replaces ``os.environ`` for finding files. Raises
+        PolicyError, SandboxUnavailable, SandboxFailed or TraceInvalid, and leaves nothing running.
+        """
+        surroundings = os.environ if environment is None else environment
+        resolution = resolve_policy(
+            explicit=Path(policy) if policy is not None else None,
+            start=Path.cwd(),
+            environment=surroundings,
+            workspace=Path(workspace) if workspace is not None else None,
+        )
+        places = Places.of(surroundings)
+        places.prepare()
+        folder = Path(trace) if trace is not None else places.new_trace()
+        judged = resolution.policy
+        _refuse_inside(judged.workspace, folder, places)
+        with ExitStack() as stack:
+            machine, native = _confinement(stack, judged, tier)
+            shields = _shields(stack, resolution, [places.state, folder])
+            toolbox = Toolbox(native=native, wasm=_wasm(stack, native), shields=shields)
+            recorder = _recorder(stack, places, folder, judged.workspace, caller, origin)
+            recorder.policy(
+                judged.version, str(resolution.found.path), resolution.why, native.promises()
+            )
+            pipeline = Pipeline(judged, recorder, toolbox, approver)
+            return cls(
+                stack.pop_all(), pipeline, native=native, shields=shields, recorder=recorder,
+                resolution=resolution, machine=machine, trace=folder,
+            )  # fmt: skip
+
+    @property
+    def policy(self) -> Judged:
+        """The policy in force."""
+        return self.resolution.policy
+
+    @property
+    def confinement(self) -> Confinement:
+        """What enforces Calls here."""
+        return self.native.promises()
+
+    def new_call(self, tool: str, arguments: Mapping[str, Json], *, origin: str = "sdk") -> Call:
+        """Name a new Call of this session."""
+        return Call(
+            id=secrets.token_hex(8),
+            tool=tool,
+            arguments=arguments,
+            session=self.session,
+            origin=origin,
+        )
+
+    def call(self, tool: str, /, **arguments: Json) -> Outcome:
+        """Judge, run and record one Call; blocks until it is over.
+
+        A program that exits with another code than 0 is an Outcome, not an error. Raises Denied,
+        ApprovalRequired, ToolFailed, LimitExceeded, SandboxFailed, SandboxUnavailable or
+        TraceInvalid.
+        """
+        outcome = self.perform(self.new_call(tool, arguments))
+        if outcome.limit is not None:
+            raise LimitExceeded(
+                f"The call was ended by its {outcome.limit} limit.",
+                limit=outcome.limit,
+                outcome=outcome,
+            )
+        return outcome
+
+    async def acall(self, tool: str, /, **arguments: Json) -> Outcome:
+        """Do what ``call`` does in a worker thread, without blocking the event loop."""
+        return await anyio.to_thread.run_sync(lambda: self.call(tool, **arguments))
+
+    def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
+        """Take a Call along the pipeline; an Outcome with a limit is returned, not raised."""
+        return self.pipeline.perform(call, sink=sink)
+
+    def close(self) -> None:
+        """End every sandbox, sign the Trace, end the launcher and the signer."""
+        self._stack.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Runtime:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await anyio.to_thread.run_sync(self.close)
+
+
+def _refuse_inside(workspace: str, trace: Path, places: Places) -> None:
+    for path in (trace, places.state):
+        if inside(os.path.realpath(path), workspace):
+            raise TraceInvalid(
+                f"{path} lies inside the workspace, where tools could reach it.",
+                code="trace.inside_workspace",
+                hint="Name a folder outside with --trace (or XDG_STATE_HOME).",
+            )
+
+
+def _confinement(
+    stack: ExitStack, policy: Judged, tier: Tier | None
+) -> tuple[Machine, NativeSandbox]:
+    launcher = Launcher()
+    stack.callback(launcher.close)
+    cgroups = cgroup.discover()
+    if cgroups is not None:
+        stack.callback(cgroups.close)
+    machine = survey(launcher, cgroups)
+    chosen = machine.choose(policy.require_tier, cgroup=policy.require_cgroup)
+    if tier is not None and Tier(tier) is not chosen:
+        tier = Tier(tier)
+        if policy.require_tier is Tier.FULL or machine.tiers[tier]:
+            raise SandboxUnavailable(
+                f"Tier {tier} was asked for by name. {machine.tiers[tier]}".rstrip(),
+                missing=f"tier:{tier}",
+                hint="Leave the tier to the machine and the policy.",
+            )
+        chosen = tier
+    return machine, NativeSandbox(launcher, tier=chosen, cgroups=cgroups)
+
+
+def _shields(stack: ExitStack, resolution: Resolution, absent: list[Path]) -> Shields:
+    workspace = resolution.policy.workspace
+    protected = list(PROTECTED)
+    file = os.path.realpath(resolution.found.path)
+    if inside(file, workspace):
+        protected.append(os.path.relpath(file, workspace))
+    shields = Shields(workspace, protected, [os.path.realpath(path) for path in absent])
+    stack.callback(shields.close)
+    return shields
+
+
+def _wasm(stack: ExitStack, native: NativeSandbox) -> WasmEngine:
+    engine = WasmEngine(native)
+    stack.callback(engine.close)
+    return engine
+
+
+def _recorder(
+    stack: ExitStack, places: Places, trace: Path, workspace: str, caller: str, origin: str
+) -> Recorder:
+    forbidden = [trace, Path(workspace)]
+    signer = SignerClient.start(places.key, state=places.signer, forbidden=forbidden)
+    stack.callback(signer.close)
+    writer = TraceWriter.open(trace, signer=signer)
+    stack.callback(writer.close)
+    recorder = Recorder(writer, caller=caller, origin=origin)
+    stack.callback(recorder.close)
+    return recorder

@@ -1,0 +1,38 @@
+"""Step "execute": ``shell.run``, a program in a native sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from safeconduct.call import Engine, Outcome
+from safeconduct.errors import SandboxUnavailable
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
+from safeconduct.runtime.sandbox.shield import Shields
+
+from .task import Task
+
+
+def run(task: Task, sandbox: NativeSandbox, shields: Shields) -> Outcome:
+    """Run ``argv`` in ``cwd`` with ``stdin``, seeing only what the profile shows."""
+    if task.profile.engine is not Engine.NATIVE:
+        raise SandboxUnavailable(
+            f"shell.run needs a native profile, and {task.profile.name} has engine: wasm.",
+            missing="engine:native",
+            hint="Name a profile with engine: native in the rule.",
+        )
+    arguments = task.document.arguments
+    program = Program(
+        argv=cast("Sequence[str]", arguments["argv"]),
+        cwd=str(arguments["cwd"]),
+        stdin=str(arguments.get("stdin") or "").encode(),
+    )
+    with shields.raised(task.profile, task.hides) as shield:
+        return sandbox.run(
+            task.call,
+            program,
+            task.profile,
+            workspace=task.document.workspace,
+            shield=shield,
+            sink=task.sink,
+        )
