@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from safeconduct.policies import Judged
 
 
+# The code of the decision about a program that the operator's command line names.
+_OPERATOR = "operator.command"
+_NO_DOCUMENT = Missing("document.none", "the call was refused before it had a canonical form")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """One call that the other policy judges differently."""
@@ -49,10 +54,15 @@ class Undecidable:
 
 @dataclass(slots=True, kw_only=True)
 class ReplayReport:
-    """What changed. ``calls`` counts intents; ``same`` those judged alike."""
+    """What changed. ``calls`` counts intents; ``same`` those judged alike.
+
+    ``unjudged`` counts those that no rule judged then and no policy judges now: refused before
+    they had a canonical form, or started by the operator's own command line.
+    """
 
     calls: int = 0
     same: int = 0
+    unjudged: int = 0
     changes: list[Change] = field(default_factory=list[Change])
     undecidable: list[Undecidable] = field(default_factory=list[Undecidable])
 
@@ -102,6 +112,9 @@ def _undecided(report: ReplayReport, intent: _Intent, call: str) -> None:
 
 def _judge(report: ReplayReport, intent: _Intent, entry: Entry, policy: Judged) -> None:
     call: str = entry.body["call"]
+    if entry.body["code"] == _OPERATOR or intent.document == _NO_DOCUMENT:
+        report.unjudged += 1
+        return
     if isinstance(intent.document, Missing):
         report.undecidable.append(_cannot(intent, call, intent.document))
         return
@@ -143,5 +156,7 @@ def _document(opening: Opening) -> Document | Missing:
     match value:
         case {"tool": str(tool), "arguments": dict(), "workspace": str(workspace)}:
             return Document(tool=tool, arguments=value["arguments"], workspace=workspace)
+        case {"arguments": None}:
+            return _NO_DOCUMENT
         case _:
             return Missing("opening.invalid", "the opening is no document")

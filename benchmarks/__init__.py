@@ -1,1 +1,1 @@
-"""Benchmarks: one file per question, run as ``python -m benchmarks.bench_NAME [--quick] [--json]``."""
+"""Benchmarks, one file per question: ``python -m benchmarks.bench_NAME [--quick] [--json]``."""

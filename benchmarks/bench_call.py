@@ -1,4 +1,4 @@
-"""How long does a whole mediated call take: judge, record, confine, run, record, next to posix_spawn?
+"""How long does a whole mediated call take (judge, record, confine, run), next to posix_spawn?
 
 The path is the real one: ``Runtime.call`` with its launcher, its signer and a trace on disk.
 """

@@ -24,10 +24,11 @@ from safeconduct.runtime.sandbox.shield import Shield
 from .harness import finish, interleave, options, spread
 
 _PROGRAM = "/usr/bin/true"
-_BWRAP = (
-    "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
-    " --proc /proc --dev /dev --tmpfs /tmp --unshare-all --die-with-parent --new-session"
-).split()
+_BWRAP = [
+    "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib",
+    "--symlink", "usr/lib64", "/lib64", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+    "--unshare-all", "--die-with-parent", "--new-session",
+]  # fmt: skip
 
 
 def spawn() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     with ExitStack() as stack:
         workspace = stack.enter_context(tempfile.TemporaryDirectory())
         # Tier landlock started by root has a user id of its own and no mounts: it must get in.
-        os.chmod(workspace, 0o755)
+        os.chmod(workspace, 0o755)  # noqa: S103 - meant
         launcher = Launcher()
         stack.callback(launcher.close)
         cgroups = cgroup.discover()

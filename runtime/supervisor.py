@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import anyio.to_thread
 
-from safeconduct.attestation import SignerClient, TraceWriter, write_key
+from safeconduct.attestation import SignerClient, TraceWriter
 from safeconduct.call import Call, Confinement, Json, Outcome, Tier
 from safeconduct.errors import LimitExceeded, SandboxUnavailable, TraceInvalid
-from safeconduct.policies import PROTECTED, Judged, Resolution, resolve_policy, state_folder
+from safeconduct.policies import PROTECTED, Judged, Resolution, resolve_policy
 
 from .pipeline import Approver, Pipeline, nobody
+from .places import Places
 from .record import Recorder
 from .sandbox import cgroup
 from .sandbox.launcher import Launcher
@@ -33,51 +32,6 @@ from .sandbox.shield import Shields
 from .sandbox.wasm import WasmEngine
 from .tools.task import Sink
 from .tools.toolbox import Toolbox
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where this user's key, signer memory and traces lie. Absent in every sandbox."""
-
-    state: Path
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Places:
-        """Find them through XDG_STATE_HOME, else below HOME."""
-        return cls(state=state_folder(environment))
-
-    @property
-    def key(self) -> Path:
-        """The private log key, mode 0600."""
-        return self.state / "keys" / "log.key"
-
-    @property
-    def public_key(self) -> Path:
-        """The key line that others verify with."""
-        return self.state / "keys" / "log.pub"
-
-    @property
-    def signer(self) -> Path:
-        """What the signer remembers having signed."""
-        return self.state / "signer"
-
-    @property
-    def traces(self) -> Path:
-        """The traces of runs that named no other place."""
-        return self.state / "traces"
-
-    def prepare(self) -> None:
-        """Make the folders and, the first time, a key."""
-        for folder in (self.state, self.key.parent, self.signer, self.traces):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.key.exists():
-            line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
-            self.public_key.write_text(line + "\n")
-
-    def new_trace(self) -> Path:
-        """Name a folder for a new trace: by time, for people, and unique."""
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        return self.traces / f"{stamp}-{secrets.token_hex(3)}"
 
 
 class Runtime:
@@ -123,10 +77,10 @@ class Runtime:
             workspace=Path(workspace) if workspace is not None else None,
         )
         places = Places.of(surroundings)
-        places.prepare()
         folder = Path(trace) if trace is not None else places.new_trace()
         judged = resolution.policy
         _refuse_inside(judged.workspace, folder, places)
+        places.prepare()
         with ExitStack() as stack:
             machine, native = _confinement(stack, judged, tier)
             shields = _shields(stack, resolution, [places.state, folder])

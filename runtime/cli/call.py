@@ -1,0 +1,92 @@
+"""``safeconduct call``: run one Call of any tool that this runtime executes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from safeconduct.call import Json, Outcome
+from safeconduct.errors import Error
+
+from .options import JsonOption, PolicyOption, TierOption, TraceOption, WorkspaceOption
+from .outcome import (
+    Output,
+    announce,
+    error_code,
+    error_json,
+    exit_code,
+    outcome_json,
+    output_json,
+)
+from .source import parse_arguments, parse_source, read_source
+from .terminal import print_json, printable, tell, tell_error
+
+
+def call(
+    tool: Annotated[str, typer.Argument(help="Its name, for example fs.read.")],
+    arguments: Annotated[
+        str,
+        typer.Argument(metavar="[JSON|@FILE|-]", help="One JSON object, a file, or - for stdin."),
+    ] = "{}",
+    policy: PolicyOption = None,
+    workspace: WorkspaceOption = None,
+    trace: TraceOption = None,
+    tier: TierOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Judge, run and record one call of a tool, and print what it returns.
+
+    Exits as exec does: 0 or the program's own code, 124 a limit, 125 our failure or the tool's,
+    126 denied or an unanswered ask, 127 not found, 128+n signal.
+    """
+    given = _arguments(arguments)
+    from safeconduct.runtime.supervisor import Runtime  # --help needs none of it
+
+    sink = None if as_json or tool != "shell.run" else Output().show
+    try:
+        with Runtime.from_policy(
+            policy, workspace=workspace, trace=trace, tier=tier, origin="call"
+        ) as runtime:
+            announce(runtime, explicit=policy is not None)
+            result = runtime.perform(runtime.new_call(tool, given, origin="call"), sink=sink)
+    except Error as error:
+        if as_json:
+            print_json(error_json(error, error_code(error)))
+        tell_error(error)
+        return error_code(error)
+    code = exit_code(result)
+    if as_json:
+        streams = {"stdout": output_json(result.stdout), "stderr": output_json(result.stderr)}
+        print_json({**outcome_json(result, code), **streams})
+    elif sink is None:
+        _print_value(result)
+    return code
+
+
+def _arguments(given: str) -> dict[str, Json]:
+    """Parse the arguments from where they are: the command line, a file or stdin."""
+    if given == "-":
+        return parse_source("-", read_source("-"), parse_arguments)
+    if given.startswith("@"):
+        return parse_source(given[1:], read_source(given[1:]), parse_arguments)
+    data = given.encode("utf-8", "surrogateescape")
+    return parse_source("the arguments", data, parse_arguments)
+
+
+def _print_value(outcome: Outcome) -> None:
+    """Print a result as text: a file as it is, a list line by line, all else as JSON."""
+    if outcome.truncated:
+        tell("the result is cut at its limit", "raise limits.output of the profile")
+    if outcome.stdout or isinstance(outcome.value, str):
+        data = outcome.stdout or str(outcome.value).encode()
+        Output().show("stdout", data)
+        if sys.stdout.isatty() and not data.endswith(b"\n"):
+            print()
+    elif isinstance(outcome.value, list):
+        for item in outcome.value:
+            print(printable(item) if isinstance(item, str) else json.dumps(item))
+    elif outcome.value is not None:
+        print(json.dumps(outcome.value))

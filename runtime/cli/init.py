@@ -1,0 +1,70 @@
+"""``safeconduct init``: write a first policy for a project from a preset."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeconduct.errors import Exit, PolicyError
+from safeconduct.policies import PRESETS, read_preset
+
+from .places import refuse_inside_sandbox
+from .terminal import print_line, tell
+
+_FOLDER, _FILE = ".safeconduct", "policy.yaml"
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="The project.")] = Path("."),
+    preset: Annotated[
+        str, typer.Option("--preset", help=f"One of: {', '.join(PRESETS)}.")
+    ] = PRESETS[0],
+) -> int:
+    """Write .safeconduct/policy.yaml from a preset; an existing file is never overwritten."""
+    refuse_inside_sandbox("init")
+    data = read_preset(preset)
+    path = directory / _FOLDER / _FILE
+    try:
+        _write(directory, data)
+    except FileExistsError as error:
+        raise PolicyError(
+            "there is a policy already",
+            file=str(path),
+            code="policy.exists",
+            hint="edit it, or remove it first",
+        ) from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(
+            f"cannot be written: {why}",
+            file=str(path),
+            code="policy.unwritable",
+            hint="name a folder you can write to",
+        ) from error
+    print_line(str(path))
+    tell("next: read it, then check and trust it", f"safeconduct policy check {path}")
+    tell(f"then: safeconduct trust {path}", "and: safeconduct exec -- COMMAND")
+    return Exit.OK
+
+
+def _write(directory: Path, data: bytes) -> None:
+    """Write the file through descriptors, so that a link in the project leads nowhere else."""
+    project = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(FileExistsError):  # it must be a folder then: opening it says so
+            os.mkdir(_FOLDER, 0o755, dir_fd=project)
+        folder = os.open(_FOLDER, _OPEN_FOLDER, dir_fd=project)
+        try:
+            fd = os.open(_FILE, _CREATE, 0o644, dir_fd=folder)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+        finally:
+            os.close(folder)
+    finally:
+        os.close(project)

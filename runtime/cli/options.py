@@ -1,0 +1,35 @@
+"""Arguments and options that several verbs share, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeconduct.call import Tier
+
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", "-p", help="Policy file; without it the usual places are searched."),
+]
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        help="The folder that $WS stands for (default: the policy's project, else here).",
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Folder to record in (default: a new one in your state folder)."),
+]
+TierOption = Annotated[
+    Tier | None,
+    typer.Option("--tier", help="Use exactly this tier, where machine and policy allow it."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TraceArgument = Annotated[
+    str, typer.Argument(metavar="TRACE", help="A trace folder, or a name from `trace ls`.")
+]

@@ -1,0 +1,58 @@
+"""Where a user's log key, signer memory and traces lie. Loads nothing of the runtime."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safeconduct.attestation import write_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where this user's key, signer memory and traces lie. Absent in every sandbox."""
+
+    state: Path
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Places:
+        """Find them through XDG_STATE_HOME, else below HOME."""
+        from safeconduct.policies import state_folder  # loads pydantic, which verify never needs
+
+        return cls(state=state_folder(environment))
+
+    @property
+    def key(self) -> Path:
+        """The private log key, mode 0600."""
+        return self.state / "keys" / "log.key"
+
+    @property
+    def public_key(self) -> Path:
+        """The key line that others verify with."""
+        return self.state / "keys" / "log.pub"
+
+    @property
+    def signer(self) -> Path:
+        """What the signer remembers having signed."""
+        return self.state / "signer"
+
+    @property
+    def traces(self) -> Path:
+        """The traces of runs that named no other place."""
+        return self.state / "traces"
+
+    def prepare(self) -> None:
+        """Make the folders and, the first time, a key."""
+        for folder in (self.state, self.key.parent, self.signer, self.traces):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.key.exists():
+            line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
+            self.public_key.write_text(line + "\n")
+
+    def new_trace(self) -> Path:
+        """Name a folder for a new trace: by time, for people, and unique."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        return self.traces / f"{stamp}-{secrets.token_hex(3)}"
