@@ -1,0 +1,1 @@
+"""Adapters: how Calls of other programs reach the pipeline."""

@@ -1,0 +1,58 @@
+"""Step "adapter": what a confined server says on stderr, made harmless for a terminal or a log.
+
+Control characters are escaped, every line names its server, and a flood is cut: what a log or a
+person can take is bounded, and the server is never held up by it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+_READ_BYTES = 8 << 10
+# LIMIT: bytes at once, and per second after that.
+_BURST_BYTES = 256 << 10
+_RATE_BYTES = 64 << 10
+
+
+def relay(source: int, target: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    """Copy ``source`` to ``target`` until its end, line by line. Blocks."""
+    allowance, last, dropped, pending = float(_BURST_BYTES), clock(), 0, b""
+    while data := os.read(source, _READ_BYTES):
+        now = clock()
+        allowance = min(float(_BURST_BYTES), allowance + (now - last) * _RATE_BYTES)
+        last = now
+        if len(data) > allowance:
+            dropped += len(data)
+            continue
+        allowance -= len(data)
+        if dropped:
+            _say(target, name, f"[{dropped} bytes left out]".encode())
+            dropped = 0
+        *lines, pending = (pending + data).split(b"\n")
+        if len(pending) >= _READ_BYTES:
+            lines, pending = [*lines, pending], b""
+        for line in lines:
+            _say(target, name, line)
+    if pending or dropped:
+        left_out = f" [{dropped} bytes left out]" if dropped else ""
+        _say(target, name, pending + left_out.encode())
+
+
+def harmless(text: str) -> str:
+    """Escape every character that is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\t" else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+def _say(target: int, name: str, line: bytes) -> None:
+    text = f"{name}| {harmless(line.decode('utf-8', 'backslashreplace'))}\n"
+    try:
+        os.write(target, text.encode())
+    except OSError:
+        return

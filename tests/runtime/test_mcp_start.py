@@ -1,0 +1,104 @@
+"""How `safeconduct mcp` refuses to start, and what it says then."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safeconduct.errors import Exit
+from safeconduct.runtime.adapters.frames import Frames, TooLong
+
+POLICY = """
+version: 1
+profiles:
+  base: {read: ["$WS/**"]}
+  other: {like: base}
+tools:
+  files.echo: {allow: any, profile: other}
+  plain.echo: {allow: any}
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with a client that leaves at once."""
+    (folder / "ws").mkdir(exist_ok=True)
+    (folder / "policy.yaml").write_text(POLICY)
+    common = ["--policy", str(folder / "policy.yaml"), "--workspace", str(folder / "ws")]
+    return subprocess.run(
+        [sys.executable, "-m", "safeconduct", "mcp", *common, *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "XDG_STATE_HOME": str(folder / "state"), "SECRET_NOTE": "from-outside"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fs", "shell", "wasm", "mcp", "a.b", "", "x" * 65])
+def test_a_name_that_would_pass_for_another_tool_is_refused(tmp_path: Path, name: str) -> None:
+    assert start(tmp_path, "--name", name, "--", "true").returncode == Exit.USAGE
+
+
+@pytest.mark.parametrize("variable", ["=x", "SAFECONDUCT_SANDBOX=no", "NOT_SET_ANYWHERE", "A-B=1"])
+def test_a_variable_that_cannot_be_handed_on_is_refused(tmp_path: Path, variable: str) -> None:
+    done = start(tmp_path, "--name", "plain", "--env", variable, "--", "true")
+    assert done.returncode == Exit.USAGE
+
+
+def test_a_program_that_is_not_shown_names_the_missing_grant(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "server"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    done = start(tmp_path, "--name", "plain", "--", str(program))
+    assert done.returncode == Exit.NOT_FOUND
+    assert f'profiles: base: read: ["{program.parent}/**"]' in done.stderr
+
+
+def test_a_program_that_is_nowhere_is_not_found(tmp_path: Path) -> None:
+    done = start(tmp_path, "--name", "plain", "--", "no-such-program")
+    assert done.returncode == Exit.NOT_FOUND
+    assert "tool.not_found" in done.stderr
+
+
+def test_a_rule_in_another_profile_than_the_server_is_a_conflict(tmp_path: Path) -> None:
+    done = start(tmp_path, "--name", "files", "--", "true")
+    assert done.returncode == Exit.FAILURE
+    assert "mcp.profile_conflict" in done.stderr
+    assert "--profile other" in done.stderr
+    assert start(tmp_path, "--name", "files", "--profile", "other", "--", "true").returncode == 0
+
+
+def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
+    done = start(tmp_path, "--name", "plain", "--profile", "none", "--", "true")
+    assert done.returncode == Exit.FAILURE
+    assert "mcp.profile_unknown" in done.stderr
+
+
+def test_only_the_variables_that_were_named_reach_the_server(tmp_path: Path) -> None:
+    show = ["--", "sh", "-c", "env >&2"]
+    assert "from-outside" not in start(tmp_path, "--name", "plain", *show).stderr
+    given = ["--env", "SECRET_NOTE", "--env", "OTHER=a=b"]
+    done = start(tmp_path, "--name", "plain", *given, *show)
+    assert "plain| SECRET_NOTE=from-outside" in done.stderr
+    assert "plain| OTHER=a=b" in done.stderr
+
+
+def test_the_exit_code_is_the_servers(tmp_path: Path) -> None:
+    assert start(tmp_path, "--name", "plain", "--", "sh", "-c", "exit 7").returncode == 7
+    killed = start(tmp_path, "--name", "plain", "--", "sh", "-c", "kill -9 $$")
+    assert killed.returncode == Exit.SIGNAL + 9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_frames_are_the_same_however_they_arrive(size: int) -> None:
+    data = b"one\n\ntwo two\n" + b"x" * 50 + b"\nlast\nrest"
+    frames = Frames(20)
+    found = [
+        frame for at in range(0, len(data), size) for frame in frames.feed(data[at : at + size])
+    ]
+    assert found[:3] == [b"one\n", b"\n", b"two two\n"]
+    assert isinstance(found[3], TooLong)
+    assert found[3].prefix == b"x" * 20
+    assert found[4:] == [b"last\n"]
