@@ -169,13 +169,15 @@ class Journal:
                 self._syncing = True
                 fd, reached = self._fd, self._size
                 self._turn.release()
-                failure = _fdatasync(fd)
-                self._turn.acquire()
-                self._syncing = False
+                try:
+                    failure = _fdatasync(fd)
+                finally:  # an interrupt here must not leave the others waiting
+                    self._turn.acquire()
+                    self._syncing = False
+                    self._turn.notify_all()
                 self._failure = self._failure or failure
                 if failure is None:
                     self._synced = max(self._synced, reached)
-                self._turn.notify_all()
             self._require_sound()
 
     def rotate(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class TraceWriter:
         self._failure: TraceInvalid | None = None
         self._closed = False
         self._active, self._full = Event(), Event()
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="trace-checkpoint")
         self._thread = Thread(target=self._keep_signed, name="trace-checkpoints", daemon=True)
         self.session: Final = self._begin(recovered)
         """Id of the session of this run of the log itself, for entries such as policy.load."""
@@ -186,7 +188,13 @@ class TraceWriter:
         self.checkpoint()
 
     def checkpoint(self) -> Checkpoint:
-        """Make everything recorded so far durable and signed; return the signed head."""
+        """Make everything recorded so far durable and signed; return the signed head.
+
+        Runs in a thread of the writer: an interrupt of the caller must not leave it half done.
+        """
+        return self._aside.submit(self._checkpoint_alone).result()
+
+    def _checkpoint_alone(self) -> Checkpoint:
         with self._checkpoint_lock:
             self._require_usable()
             try:
@@ -250,8 +258,13 @@ class TraceWriter:
             )
             data = encode_checked(entry)
             leaf = leaf_hash(data)
-            self._chains.follow(index, entry, leaf.hex())
-            self._write(index, session, data, leaf, sealed)
+            try:
+                self._chains.follow(index, entry, leaf.hex())
+                self._write(index, session, data, leaf, sealed)
+            except (KeyboardInterrupt, SystemExit):
+                # Half an append may stand: what was written is recovered when the trace is opened.
+                self._poison(TraceInvalid("interrupted", code="trace.interrupted"))
+                raise
             waiting = len(self._pending)
         if waiting == 1:
             self._active.set()
@@ -345,7 +358,7 @@ class TraceWriter:
             if self._closed or self._failure is not None:
                 return
             with suppress(TraceInvalid):  # kept in _failure; every later append raises it
-                self.checkpoint()
+                self._checkpoint_alone()
 
     def _checkpoint(self) -> Checkpoint:
         """INVARIANT: journal and tiles are durable before the signer is asked."""
@@ -379,6 +392,7 @@ class TraceWriter:
         self._active.set()
         self._full.set()
         self._thread.join(_CLOSE_TIMEOUT_S)
+        self._aside.shutdown()
         with suppress(OSError):
             self._openings.close()
         self._journal.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -44,9 +46,13 @@ class Places:
         """The traces of runs that named no other place."""
         return self.state / "traces"
 
+    def lock(self, workspace: str) -> Path:
+        """The file that counts the runtimes which use a workspace."""
+        return self.state / "locks" / hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
+
     def prepare(self) -> None:
         """Make the folders and, the first time, a key."""
-        for folder in (self.state, self.key.parent, self.signer, self.traces):
+        for folder in (self.state, self.key.parent, self.signer, self.traces, self.state / "locks"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self.key.exists():
             line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")

@@ -83,7 +83,7 @@ class Runtime:
         places.prepare()
         with ExitStack() as stack:
             machine, native = _confinement(stack, judged, tier)
-            shields = _shields(stack, resolution, [places.state, folder])
+            shields = _shields(stack, resolution, places, folder)
             toolbox = Toolbox(native=native, wasm=_wasm(stack, native), shields=shields)
             recorder = _recorder(stack, places, folder, judged.workspace, caller, origin)
             recorder.policy(
@@ -198,13 +198,14 @@ def _confinement(
     return machine, NativeSandbox(launcher, tier=chosen, cgroups=cgroups)
 
 
-def _shields(stack: ExitStack, resolution: Resolution, absent: list[Path]) -> Shields:
+def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Path) -> Shields:
     workspace = resolution.policy.workspace
     protected = list(PROTECTED)
     file = os.path.realpath(resolution.found.path)
     if inside(file, workspace):
         protected.append(os.path.relpath(file, workspace))
-    shields = Shields(workspace, protected, [os.path.realpath(path) for path in absent])
+    absent = [os.path.realpath(path) for path in (places.state, trace)]
+    shields = Shields(workspace, protected, absent, lock=places.lock(workspace))
     stack.callback(shields.close)
     return shields
 

@@ -13,6 +13,9 @@ from .cgroup import Charge
 from .launcher import Exit
 
 _MEMLOCK_BYTES = 64 << 10
+# Room for what the user starts while the call runs, other calls among it, where all of the user's
+# processes count together: a limit without it would fail calls that did nothing wrong.
+_SHARED_TASKS = 256
 
 
 def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str, object]]:
@@ -32,7 +35,7 @@ def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str,
         # setrlimit(2): in a user namespace of its own it counts that sandbox alone; elsewhere all
         # processes of the user, so the bound starts from what already runs.
         shared = tier is not Tier.FULL and not machine.is_root()
-        values["nproc"] = limits.pids + (_own_tasks() if shared else 0)
+        values["nproc"] = limits.pids + (_own_tasks() + _SHARED_TASKS if shared else 0)
     if limits.cpu_ms is not None:
         values["cpu"] = max(1, -(-limits.cpu_ms // 1000))
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,9 +94,9 @@ class Cgroup:
         """Remove the folders; False while a process is still leaving."""
         try:
             for folder in set(self.folders.values()):
-                folder.rmdir()
-        except FileNotFoundError:
-            return True
+                # An interrupt may have come before all of them were made.
+                with suppress(FileNotFoundError):
+                    folder.rmdir()
         except OSError:
             return False
         return True
@@ -107,6 +108,7 @@ class Cgroups:
 
     version: int
     bases: Mapping[str, Path]
+    _live: list[Cgroup] = field(default_factory=list[Cgroup])
     _used: list[Cgroup] = field(default_factory=list[Cgroup])
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _token: str = field(default_factory=lambda: secrets.token_hex(4))
@@ -118,13 +120,16 @@ class Cgroups:
         name = f"safeconduct-{os.getpid()}-{self._token}-{next(self._numbers)}"
         folders = {controller: base / name for controller, base in self.bases.items()}
         made = Cgroup(version=self.version, folders=folders)
+        with self._lock:
+            # Known before it exists: an interrupt may come at any line from here on.
+            self._live.append(made)
         try:
             for folder in sorted(set(folders.values())):
                 folder.mkdir()
             for file, value in self._settings(folders, limits):
                 file.write_text(value)
         except OSError as error:
-            made.remove()
+            self.retire(made)
             raise SandboxFailed(
                 f"The kernel refused a cgroup limit: {error}.",
                 step="cgroup",
@@ -149,6 +154,7 @@ class Cgroups:
         """Hand back a cgroup whose call is over; it is removed as soon as it is empty."""
         with self._lock:
             self._used.append(cgroup)
+            self._live = [one for one in self._live if one is not cgroup]
         self.sweep()
 
     def sweep(self) -> None:
@@ -162,6 +168,9 @@ class Cgroups:
     def close(self) -> None:
         """Remove everything made here, waiting a bounded time for the kernel."""
         deadline = time.monotonic() + _REMOVE_SECONDS
+        with self._lock:
+            self._used += self._live
+            self._live = []
         while self._used and time.monotonic() < deadline:
             self.sweep()
             time.sleep(0.005)

@@ -80,6 +80,8 @@ def lay_out(
         "SAFECONDUCT_SANDBOX": str(tier),
     }
     if tier is Tier.LANDLOCK:
+        # Landlock refuses what full does not even show, and git gives up on a refused file.
+        environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
         rules = list(_landlock_alone(profile, scratch, shield))
         return Layout(landlock=rules, environment=environment)
     mounts = [*_private(profile, scratch), *_system_mounts()]

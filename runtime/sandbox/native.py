@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from safeconduct.call import Confinement, Held, Limits, Outcome, Profile, Tier, Usage
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
@@ -15,7 +15,7 @@ from . import bounds, cgroup, machine, seccomp
 from .capture import GRACE_SECONDS, Capture, Sink, Streams
 from .launcher import Channel, Exit, Launcher, Request
 from .layout import INSIDE_UID, SEARCH, Layout, lay_out
-from .scratch import remove_tree
+from .scratch import Scratches
 from .shield import Shield
 
 # Host ids of sandboxes started by root: above every range that distributions and containers hand
@@ -47,9 +47,8 @@ class Running:
     channel: Channel
     confinement: Confinement
     limits: Limits
-    _cgroups: cgroup.Cgroups | None
     _cgroup: cgroup.Cgroup | None
-    _scratch: str | None
+    _discard: Callable[[], None]
 
     def outcome(self, call: str, end: Exit, *, stdout: bytes, stderr: bytes, cut: bool) -> Outcome:
         """Translate the end of the program; read the accounts before ``close``."""
@@ -79,10 +78,7 @@ class Running:
             ended = self.channel.drain(GRACE_SECONDS)
         finally:
             self.channel.close()
-            if self._cgroups and self._cgroup:
-                self._cgroups.retire(self._cgroup)
-            if self._scratch:
-                _discard_scratch(self._scratch)
+            self._discard()
         if not ended:
             raise SandboxFailed("The sandbox did not end when it was told to.", step="close")
 
@@ -94,6 +90,7 @@ class NativeSandbox:
         self.tier = Tier(tier)
         self._launcher = launcher
         self._cgroups = cgroups
+        self._scratches = Scratches()
 
     def run(
         self,
@@ -144,7 +141,8 @@ class NativeSandbox:
         """Start ``program`` on the given stdin, stdout and stderr and return once it executes."""
         try:
             identity, mapped = _identity(workspace, self.tier)
-            scratch = _scratch(self.tier, identity)
+            ids = int(str(identity["uid"])), int(str(identity["gid"]))
+            scratch = self._scratches.make(*ids) if self.tier is Tier.LANDLOCK else None
         except OSError as error:
             raise _exhausted(error) from error
         made = None
@@ -175,9 +173,8 @@ class NativeSandbox:
             channel=channel,
             confinement=self._confinement(made.version if made else None),
             limits=profile.limits,
-            _cgroups=self._cgroups,
             _cgroup=made,
-            _scratch=scratch,
+            _discard=partial(self._discard, made, scratch),
         )
         try:
             _await_start(channel, program.argv[0])
@@ -190,7 +187,7 @@ class NativeSandbox:
         if self._cgroups and made:
             self._cgroups.retire(made)
         if scratch:
-            _discard_scratch(scratch)
+            self._scratches.remove(scratch)
 
     def _request(
         self,
@@ -269,27 +266,6 @@ def _identity(workspace: str, tier: Tier) -> tuple[Mapping[str, object], bool]:
     status = os.stat(workspace)
     owner = (status.st_uid, status.st_gid) if mapped else None
     return {"uid": uid, "gid": uid, "inside": INSIDE_UID, "owner": owner}, mapped
-
-
-def _scratch(tier: Tier, identity: Mapping[str, object]) -> str | None:
-    """Make the private folder on the host where the tier has no mounts of its own."""
-    if tier is Tier.FULL:
-        return None
-    path = os.path.realpath(tempfile.mkdtemp(prefix="safeconduct-"))
-    if machine.is_root():
-        os.chown(path, int(str(identity["uid"])), int(str(identity["gid"])))
-    return path
-
-
-def _discard_scratch(path: str) -> None:
-    try:
-        remove_tree(path)
-    except OSError as error:
-        raise SandboxFailed(
-            f"{path} could not be removed: {error.strerror}.",
-            step="scratch",
-            errno=error.errno or 0,
-        ) from error
 
 
 def _exhausted(error: OSError) -> SandboxFailed:

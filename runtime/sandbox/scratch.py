@@ -1,15 +1,56 @@
-"""Step "sandbox": remove a private folder that a hostile program has filled."""
+"""Step "sandbox": private folders on the host, and the removal of what hostile programs left."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+
+from safeconduct.errors import SandboxFailed
 
 _HANDLE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Scratches:
+    """Makes private folders and removes them. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._left: list[str] = []
+        self._lock = threading.Lock()
+
+    def make(self, uid: int, gid: int) -> str:
+        """Make a folder for one call, owned by ``uid`` where we may give it away."""
+        with self._lock:
+            left, self._left = self._left, []
+        for path in left:
+            with suppress(SandboxFailed):
+                self.remove(path)
+        path = os.path.realpath(tempfile.mkdtemp(prefix="safeconduct-"))
+        try:
+            if os.geteuid() == 0:
+                os.chown(path, uid, gid)
+        except OSError:
+            os.rmdir(path)
+            raise
+        return path
+
+    def remove(self, path: str) -> None:
+        """Remove a folder; one that resists (no descriptors left) is tried again later."""
+        try:
+            remove_tree(path)
+        except OSError as error:
+            with self._lock:
+                self._left.append(path)
+            raise SandboxFailed(
+                f"{path} could not be removed: {error.strerror}.",
+                step="scratch",
+                errno=error.errno or 0,
+            ) from error
 
 
 def remove_tree(path: str) -> None:
@@ -48,7 +89,7 @@ def _remove(top: int, name: str, prefix: str, number: int) -> int:
 
 
 @contextmanager
-def _opened(path: str, *, at: int | None = None) -> Iterator[int]:
+def _opened(path: str, *, at: int | None = None) -> Generator[int]:
     """Open a folder whose permissions the program may have taken away."""
     handle = os.open(path, _HANDLE, dir_fd=at)
     try:

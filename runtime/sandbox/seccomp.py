@@ -31,8 +31,8 @@ _FILES = """
     utimes futimesat utimensat statfs fstatfs copy_file_range sendfile splice tee fallocate
     fadvise64 readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr eventfd
     eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime epoll_create
-    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 close_range landlock_create_ruleset landlock_add_rule
-    landlock_restrict_self
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 close_range
+    landlock_create_ruleset landlock_add_rule landlock_restrict_self
 """
 _MEMORY = """
     mmap mprotect munmap brk mremap madvise mincore msync mlock mlock2 munlock mlockall munlockall
@@ -190,11 +190,11 @@ def _files_without_set_id() -> Iterator[_Rule]:
             )
 
 
-def _no_set_id(position: int) -> object:
+def _no_set_id(position: int) -> libseccomp.Arg:
     return libseccomp.Arg(position, libseccomp.MASKED_EQ, _SET_ID_BITS, 0)
 
 
-def _equal(position: int, value: int) -> object:
+def _equal(position: int, value: int) -> libseccomp.Arg:
     return libseccomp.Arg(position, libseccomp.EQ, value)
 
 

@@ -15,16 +15,17 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from safeconduct.call import Profile
 from safeconduct.errors import SandboxFailed
 
+from . import places
+
 # LIMIT: entries looked at to find what a profile hides; more refuses the call.
 _ENTRIES_MAX = 200_000
-# Marks the folders we made, so that whoever is last knows which to remove, xattr(7).
-_MARK = "user.safeconduct.placeholder"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -44,19 +45,24 @@ class Shields:
     """Raises the Shield of each call in one workspace. Safe to use from several threads.
 
     ``protected`` are names relative to the workspace; a folder's ends with a slash. ``absent``
-    are absolute paths (keys, traces) that no sandbox sees, whatever its profile grants. ``close``
-    removes the folders made here, unless another process still runs sandboxes in the workspace.
+    are absolute paths (keys, traces) that no sandbox sees, whatever its profile grants. ``lock``
+    is a file, out of every tool's reach, that counts the processes which use the workspace: only
+    the last one removes the folders made here, in ``close``.
     """
 
     def __init__(
-        self, workspace: str, protected: Sequence[str], absent: Sequence[str] = ()
+        self,
+        workspace: str,
+        protected: Sequence[str],
+        absent: Sequence[str] = (),
+        *,
+        lock: Path | None = None,
     ) -> None:
         self._workspace = workspace
         self._protected = tuple(protected)
         self._absent = tuple(absent)
-        # A shared lock on the folder itself counts the processes that use it, flock(2).
-        self._lock = os.open(workspace, _FOLDER)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._workspace_fd = os.open(workspace, _FOLDER)
+        self._lock = _share(lock) if lock is not None else None
 
     @contextmanager
     def raised(self, profile: Profile, hides: Callable[[str], bool]) -> Generator[Shield]:
@@ -74,9 +80,9 @@ class Shields:
         free = [name for name in names if not os.path.lexists(self._path(name))]
         anchors = dict.fromkeys(
             folder
-            for name in kept
+            for name in (*kept, *free)
             for folder in self._folders_above(name)
-            if any(_within(folder, root) for root in profile.write)
+            if any(_within(folder, root) for root in profile.write) and os.path.isdir(folder)
         )
         hidden = {
             path for path in self._absent if os.path.lexists(path) and _granted(profile, path)
@@ -91,16 +97,20 @@ class Shields:
         try:
             yield shield
         finally:
-            self._take_away(free)
+            self._set_aside(free)
 
     def close(self) -> None:
         """Remove the empty folders made here, if this process is the last one to need them."""
         try:
-            with suppress(BlockingIOError):
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._remove_places()
+            if self._lock is None or _is_last(self._lock):
+                for name in self._protected:
+                    parts = name.rstrip("/").split("/")
+                    for count in range(1, len(parts) + 1):
+                        places.release(self._workspace_fd, "/".join(parts[:count]))
         finally:
-            os.close(self._lock)
+            os.close(self._workspace_fd)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def refuses(self, path: str) -> bool:
         """Tell whether an absolute path lies where no tool may look at all."""
@@ -137,42 +147,15 @@ class Shields:
             held = "/".join(parts[:count])
             is_folder = count < len(parts) or name.endswith("/")
             if not os.path.lexists(self._path(held)) and is_folder:
-                self._make_place(self._path(held))
+                places.hold(self._workspace_fd, held)
                 return held
             # A file where a folder belongs (`.git` of a worktree) is itself what to protect.
-            if _is_place(self._path(held)) or os.path.isfile(self._path(held)):
+            if os.path.isfile(self._path(held)) or places.is_held(self._workspace_fd, held):
                 return held
         return name.rstrip("/")
 
-    def _make_place(self, path: str) -> None:
-        try:
-            os.mkdir(path, 0o755)
-            if os.geteuid() == 0:
-                owner = os.stat(self._workspace)
-                os.chown(path, owner.st_uid, owner.st_gid)
-        except FileExistsError:
-            return
-        except OSError as error:
-            raise SandboxFailed(
-                f"{path} cannot be protected: {error.strerror}.", step="shield"
-            ) from error
-        with suppress(OSError):
-            os.setxattr(path, _MARK, b"1")
-
-    def _remove_places(self) -> None:
-        for name in self._protected:
-            for path in (*self._folders_above(name), self._path(name)):
-                if _is_place(path):
-                    with suppress(OSError):
-                        os.rmdir(path)
-
-    def _take_away(self, names: Sequence[str]) -> None:
-        made: list[str] = []
-        for name in names:
-            path = self._path(name)
-            if os.path.lexists(path):
-                os.rename(path, f"{path}.refused-{os.urandom(4).hex()}")
-                made.append(path)
+    def _set_aside(self, names: Sequence[str]) -> None:
+        made = [name for name in names if places.set_aside(self._workspace_fd, name)]
         if made:
             raise SandboxFailed(
                 f"The call made {', '.join(made)}, which no tool may write; set aside.",
@@ -181,12 +164,23 @@ class Shields:
             )
 
 
-def _is_place(path: str) -> bool:
-    """Tell whether we made this folder only to hold its place."""
+def _share(lock: Path) -> int:
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        return os.getxattr(path, _MARK, follow_symlinks=False) == b"1"
-    except OSError:
+        # Only `close` below ever holds it alone, and for a moment, flock(2).
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_last(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    return True
 
 
 def _granted(profile: Profile, path: str) -> bool:
@@ -207,16 +201,20 @@ def _find_hidden(profile: Profile, hides: Callable[[str], bool]) -> Iterator[str
             with os.scandir(folder) as entries:
                 for entry in entries:
                     seen += 1
+                    if seen > _ENTRIES_MAX:
+                        raise _too_many()
                     if hides(entry.path):
                         yield entry.path
                     elif entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
         except PermissionError:
             continue  # what we cannot list, the sandbox cannot either: it has fewer rights
-        if seen > _ENTRIES_MAX:
-            raise SandboxFailed(
-                f"More than {_ENTRIES_MAX} entries to search for hidden files.", step="shield"
-            )
+
+
+def _too_many() -> SandboxFailed:
+    return SandboxFailed(
+        f"More than {_ENTRIES_MAX} entries to search for hidden files.", step="shield"
+    )
 
 
 def _within(path: str, folder: str) -> bool:

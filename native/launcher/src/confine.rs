@@ -54,7 +54,8 @@ fn rights(access: Access) -> BitFlags<AccessFs> {
 }
 
 fn open(path: &OsStr) -> Result<(OwnedFd, bool), Failure> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    // Without O_NOFOLLOW: together with O_PATH it would open a link as itself, openat2(2).
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let object = rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve)
         .step_on("open for landlock", path)?;

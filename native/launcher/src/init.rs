@@ -99,6 +99,10 @@ fn build_walls(job: &Job, setting: &Setting) -> Result<Option<RulesetCreated>, F
         rustix::system::sethostname(b"safeconduct").step("sethostname")?;
     }
     if setting.as_root {
+        if has(Layer::Capabilities) && !namespaces {
+            // Only root may; a user namespace made below would bring a full set of its own.
+            sys::drop_bounding_set().step("bounding set")?;
+        }
         identity::switch(&request.identity)?;
         if namespaces {
             sys::unshare(libc::CLONE_NEWUSER).step("user namespace")?;

@@ -253,7 +253,8 @@ fn open_path(
     path: impl AsRef<OsStr>,
     resolve: ResolveFlags,
 ) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    // Without O_NOFOLLOW: together with O_PATH it would open a link as itself, openat2(2).
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
     rustix::fs::openat2(at, path.as_ref(), flags, Mode::empty(), resolve)
 }
 

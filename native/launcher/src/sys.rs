@@ -91,9 +91,8 @@ pub fn mount_setattr(
     .map(drop)
 }
 
-/// Give up every capability for good: bounding, ambient, effective, permitted, inheritable.
-pub fn drop_capabilities() -> Result<(), Errno> {
-    const HEADER_V3: u32 = 0x2008_0522;
+/// Empty the bounding set, so that no execve(2) gives a capability back, capabilities(7).
+pub fn drop_bounding_set() -> Result<(), Errno> {
     // LIMIT: capability numbers end well below 64; the kernel answers EINVAL past its last one.
     for capability in 0..64 {
         // SAFETY: prctl(2) with scalar arguments.
@@ -105,6 +104,13 @@ pub fn drop_capabilities() -> Result<(), Errno> {
             Err(errno) => return Err(errno),
         }
     }
+    Ok(())
+}
+
+/// Give up every capability for good: bounding, ambient, effective, permitted, inheritable.
+pub fn drop_capabilities() -> Result<(), Errno> {
+    const HEADER_V3: u32 = 0x2008_0522;
+    drop_bounding_set()?;
     // SAFETY: prctl(2) with scalar arguments.
     check(
         unsafe {

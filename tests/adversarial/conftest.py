@@ -1,0 +1,152 @@
+"""What attacks need: sandboxes with exactly one barrier taken away, and something to attack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from safeconduct.call import Limits, Outcome, Profile, Tier
+from safeconduct.runtime.sandbox import cgroup
+from safeconduct.runtime.sandbox.cgroup import Cgroup, Cgroups
+from safeconduct.runtime.sandbox.launcher import Launcher, Request
+from safeconduct.runtime.sandbox.layout import Layout
+from safeconduct.runtime.sandbox.machine import Machine
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.scratch import remove_tree
+from safeconduct.runtime.sandbox.shield import Shield
+
+
+@dataclass(frozen=True)
+class Box:
+    """A sandbox over one writable workspace, and the short way to run something in it."""
+
+    sandbox: NativeSandbox
+    workspace: Path
+
+    @property
+    def tier(self) -> Tier:
+        return self.sandbox.tier
+
+    def profile(self, limits: Limits | None = None) -> Profile:
+        """Grant the workspace, to read and to write."""
+        folder = str(self.workspace)
+        wanted = limits or Limits(wall_ms=10_000)
+        return Profile(name="test", read=(folder,), write=(folder,), limits=wanted)
+
+    def run(
+        self,
+        *argv: str,
+        limits: Limits | None = None,
+        profile: Profile | None = None,
+        shield: Shield | None = None,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+    ) -> Outcome:
+        """Run a program in the workspace."""
+        program = Program(argv=argv, cwd=cwd or str(self.workspace), stdin=stdin)
+        granted = profile or self.profile(limits)
+        return self.sandbox.run(
+            "call", program, granted, workspace=str(self.workspace), shield=shield or Shield()
+        )
+
+    def python(
+        self, code: str, *, limits: Limits | None = None, shield: Shield | None = None
+    ) -> Outcome:
+        """Run a Python program in the workspace."""
+        return self.run("python3", "-c", code, limits=limits, shield=shield)
+
+    def without_cgroups(self, launcher: Launcher) -> Box:
+        """Return the same box with rlimits only."""
+        return replace(self, sandbox=NativeSandbox(launcher, tier=self.tier, cgroups=None))
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    one = Launcher()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def cgroups() -> Iterator[cgroup.Cgroups | None]:
+    found = cgroup.discover()
+    yield found
+    if found is not None:
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def machine(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> Machine:
+    return survey(launcher, cgroups)
+
+
+@pytest.fixture(params=list(Tier), ids=str)
+def sandbox(
+    request: pytest.FixtureRequest,
+    launcher: Launcher,
+    cgroups: cgroup.Cgroups | None,
+    machine: Machine,
+) -> NativeSandbox:
+    tier = Tier(request.param)
+    if machine.tiers[tier]:
+        pytest.skip(f"needs tier {tier}: {machine.tiers[tier]}")
+    return NativeSandbox(launcher, tier=tier, cgroups=cgroups)
+
+
+@pytest.fixture
+def workspace() -> Iterator[Path]:
+    """A folder that every user may enter and write: tier landlock has no id-mapped mounts."""
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="workspace-")))
+    folder.chmod(0o777)
+    yield folder
+    remove_tree(str(folder))  # a test may have left what shutil.rmtree gives up on
+
+
+@pytest.fixture
+def box(sandbox: NativeSandbox, workspace: Path) -> Box:
+    return Box(sandbox, workspace)
+
+
+Change = Callable[[Request], Request]
+
+
+class Weakened(NativeSandbox):
+    """A sandbox whose request is changed on its way: the product itself has no such switch."""
+
+    def __init__(
+        self, box: Box, launcher: Launcher, cgroups: Cgroups | None, change: Change
+    ) -> None:
+        super().__init__(launcher, tier=box.tier, cgroups=cgroups)
+        self._change = change
+
+    def _request(
+        self,
+        program: Program,
+        limits: Limits,
+        layout: Layout,
+        identity: Mapping[str, object],
+        made: Cgroup | None,
+    ) -> Request:
+        return self._change(super()._request(program, limits, layout, identity, made))
+
+
+@pytest.fixture
+def weaken(box: Box, launcher: Launcher, cgroups: Cgroups | None) -> Callable[[Change], Box]:
+    """Return a maker of boxes whose requests are changed."""
+    return lambda change: replace(box, sandbox=Weakened(box, launcher, cgroups, change))
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A world-readable secret outside every grant."""
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="outside-", dir="/var/tmp")))
+    folder.chmod(0o755)
+    (folder / "secret").write_text("SECRET")
+    yield folder
+    shutil.rmtree(folder)

@@ -1,0 +1,110 @@
+"""What the sandbox tests share: one launcher, both tiers, a workspace that any user may enter."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from safeconduct.call import Limits, Outcome, Profile, Tier
+from safeconduct.runtime.sandbox import cgroup
+from safeconduct.runtime.sandbox.launcher import Launcher
+from safeconduct.runtime.sandbox.machine import Machine
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.scratch import remove_tree
+from safeconduct.runtime.sandbox.shield import Shield
+
+
+@dataclass(frozen=True)
+class Box:
+    """A sandbox over one writable workspace, and the short way to run something in it."""
+
+    sandbox: NativeSandbox
+    workspace: Path
+
+    @property
+    def tier(self) -> Tier:
+        return self.sandbox.tier
+
+    def profile(self, limits: Limits | None = None) -> Profile:
+        """Grant the workspace, to read and to write."""
+        folder = str(self.workspace)
+        wanted = limits or Limits(wall_ms=10_000)
+        return Profile(name="test", read=(folder,), write=(folder,), limits=wanted)
+
+    def run(
+        self,
+        *argv: str,
+        limits: Limits | None = None,
+        profile: Profile | None = None,
+        shield: Shield | None = None,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+    ) -> Outcome:
+        """Run a program in the workspace."""
+        program = Program(argv=argv, cwd=cwd or str(self.workspace), stdin=stdin)
+        granted = profile or self.profile(limits)
+        return self.sandbox.run(
+            "call", program, granted, workspace=str(self.workspace), shield=shield or Shield()
+        )
+
+    def python(
+        self, code: str, *, limits: Limits | None = None, shield: Shield | None = None
+    ) -> Outcome:
+        """Run a Python program in the workspace."""
+        return self.run("python3", "-c", code, limits=limits, shield=shield)
+
+    def without_cgroups(self, launcher: Launcher) -> Box:
+        """Return the same box with rlimits only."""
+        return replace(self, sandbox=NativeSandbox(launcher, tier=self.tier, cgroups=None))
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    one = Launcher()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def cgroups() -> Iterator[cgroup.Cgroups | None]:
+    found = cgroup.discover()
+    yield found
+    if found is not None:
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def machine(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> Machine:
+    return survey(launcher, cgroups)
+
+
+@pytest.fixture(params=list(Tier), ids=str)
+def sandbox(
+    request: pytest.FixtureRequest,
+    launcher: Launcher,
+    cgroups: cgroup.Cgroups | None,
+    machine: Machine,
+) -> NativeSandbox:
+    tier = Tier(request.param)
+    if machine.tiers[tier]:
+        pytest.skip(f"needs tier {tier}: {machine.tiers[tier]}")
+    return NativeSandbox(launcher, tier=tier, cgroups=cgroups)
+
+
+@pytest.fixture
+def workspace() -> Iterator[Path]:
+    """A folder that every user may enter and write: tier landlock has no id-mapped mounts."""
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="workspace-")))
+    folder.chmod(0o777)
+    yield folder
+    remove_tree(str(folder))  # a test may have left what shutil.rmtree gives up on
+
+
+@pytest.fixture
+def box(sandbox: NativeSandbox, workspace: Path) -> Box:
+    return Box(sandbox, workspace)

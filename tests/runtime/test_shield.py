@@ -1,0 +1,134 @@
+"""Protected and hidden paths of one workspace, before, during and after calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from safeconduct.call import Tier
+from safeconduct.errors import SandboxFailed
+from safeconduct.runtime.sandbox.shield import Shields
+
+if TYPE_CHECKING:
+    from conftest import Box
+
+NAMES = (".git/hooks/", ".git/config", ".claude/", ".mcp.json")
+
+
+def nothing(path: str) -> bool:
+    return False
+
+
+@pytest.fixture
+def shields(workspace: Path) -> Iterator[Shields]:
+    made = Shields(str(workspace), NAMES)
+    yield made
+    made.close()
+
+
+def test_protected_names_that_exist_cannot_be_changed(box: Box, shields: Shields) -> None:
+    (box.workspace / ".git" / "hooks").mkdir(parents=True)
+    (box.workspace / ".git" / "config").write_text("[core]\n")
+    (box.workspace / ".mcp.json").write_text("{}")
+    for path in (".git", ".git/hooks", ".git/config", ".mcp.json"):
+        (box.workspace / path).chmod(0o777)
+    attack = """
+for path in .git/hooks/post-commit .git/config .mcp.json .claude/settings.json; do
+    (echo evil > $path) 2>/dev/null && echo ESCAPED $path
+    rm -rf $path 2>/dev/null; mv $path away 2>/dev/null && echo MOVED $path
+done
+mv .git away 2>/dev/null && echo MOVED .git
+"""
+    with shields.raised(box.profile(), nothing) as shield:
+        outcome = box.run("sh", "-c", attack, shield=shield)
+    assert outcome.stdout == b""
+    assert (box.workspace / ".mcp.json").read_text() == "{}"
+    assert (box.workspace / ".git" / "config").read_text() == "[core]\n"
+
+
+def test_a_repository_cannot_be_planted(box: Box, shields: Shields) -> None:
+    with shields.raised(box.profile(), nothing) as shield:
+        outcome = box.run("sh", "-c", "git init -q . && echo ESCAPED", shield=shield)
+    assert b"ESCAPED" not in outcome.stdout
+    assert not (box.workspace / ".git" / "hooks").exists()
+
+
+def test_places_are_held_only_while_needed(workspace: Path, box: Box) -> None:
+    shields = Shields(str(workspace), NAMES)
+    with shields.raised(box.profile(), nothing):
+        assert (workspace / ".claude").is_dir()
+    shields.close()
+    assert not (workspace / ".claude").exists()
+    assert not (workspace / ".git").exists()
+
+
+def test_a_protected_link_refuses_the_call(box: Box, shields: Shields) -> None:
+    (box.workspace / "target").mkdir()
+    (box.workspace / ".claude").symlink_to("target")
+    with (
+        pytest.raises(SandboxFailed) as caught,
+        shields.raised(box.profile(), nothing),
+    ):
+        pytest.fail("the call would run")
+    assert caught.value.code == "sandbox.protected_link"
+
+
+def test_a_protected_file_made_by_a_call_is_set_aside(box: Box, shields: Shields) -> None:
+    box.workspace.chmod(0o777)
+
+    def call() -> None:
+        with shields.raised(box.profile(), nothing) as shield:
+            outcome = box.run("sh", "-c", "echo evil > .mcp.json", shield=shield)
+            if not outcome.ok:  # tier landlock makes no new names beside protected ones at all
+                (box.workspace / ".mcp.json").write_text("evil")
+
+    with pytest.raises(SandboxFailed) as caught:
+        call()
+    assert caught.value.code == "sandbox.protected_made"
+    assert not (box.workspace / ".mcp.json").exists()
+
+
+def test_a_profile_that_only_reads_needs_no_places(box: Box, shields: Shields) -> None:
+    profile = replace(box.profile(), write=())
+    with shields.raised(profile, nothing) as shield:
+        assert shield.protected == ()
+    assert os.listdir(box.workspace) == []
+
+
+@pytest.mark.parametrize("name", [".env", "new\nline.env", os.fsdecode(b"\xff.env")])
+def test_hidden_names_are_found_at_any_depth(box: Box, shields: Shields, name: str) -> None:
+    deep = box.workspace / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / name).write_text("SECRET")
+    (deep / "shown").write_text("shown")
+
+    def hides(path: str) -> bool:
+        return path.endswith(".env")
+
+    profile = replace(box.profile(), hide=("**/*.env",))
+    with shields.raised(profile, hides) as shield:
+        assert shield.hidden == (str(deep / name),)
+        outcome = box.run("sh", "-c", "cat a/b/* a/b/.* 2>/dev/null", shield=shield)
+    assert outcome.stdout == b"shown"
+
+
+def test_what_is_absent_is_absent(box: Box) -> None:
+    keys = box.workspace / "keys"
+    keys.mkdir()
+    (keys / "log.key").write_text("SECRET")
+    shields = Shields(str(box.workspace), (), [str(keys)])
+    try:
+        assert shields.refuses(str(keys / "log.key"))
+        assert not shields.refuses(str(box.workspace / "keys2"))
+        with shields.raised(box.profile(), nothing) as shield:
+            outcome = box.run("sh", "-c", "cat keys/log.key; ls keys", shield=shield)
+        assert b"SECRET" not in outcome.stdout
+        # Landlock rules reach downwards, so in that tier alone the names can still be listed.
+        assert (b"log.key" in outcome.stdout) == (box.tier is Tier.LANDLOCK)
+    finally:
+        shields.close()
