@@ -131,11 +131,19 @@ class Pipeline:
             raise
 
     def _canonical(self, call: Call) -> Canonical:
+        """Bring a Call to its one spelling; keys, traces and policies in force are out of reach."""
         canonical = canonicalize(self._policy, call)
-        if any(self._toolbox.shields.refuses(item.path) for item in canonical.descriptors.values()):
-            canonical.close()
-            raise Denied("No tool may look there.", code="path.hidden")
-        return canonical
+        shields = self._toolbox.shields
+        paths = [item.path for item in canonical.descriptors.values()]
+        code = None
+        if any(shields.refuses(path) for path in paths):
+            code = "path.hidden"
+        elif call.tool == "fs.write" and any(shields.freezes(path) for path in paths):
+            code = "path.protected"
+        if code is None:
+            return canonical
+        canonical.close()
+        raise Denied("No tool may go there, whatever the policy says.", code=code)
 
     def _allowed(self, call: Call, decision: Decision) -> Decision:
         """Return the decision if it allows, asking a person where the policy says so."""

@@ -132,7 +132,10 @@ class Runtime:
         return outcome
 
     async def acall(self, tool: str, /, **arguments: Json) -> Outcome:
-        """Do what ``call`` does in a worker thread, without blocking the event loop."""
+        """Do what ``call`` does in a worker thread, without blocking the event loop.
+
+        Cancelling ends the waiting, not the call: it runs to its end or limit and is recorded.
+        """
         return await anyio.to_thread.run_sync(lambda: self.call(tool, **arguments))
 
     def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
@@ -200,12 +203,10 @@ def _confinement(
 
 def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Path) -> Shields:
     workspace = resolution.policy.workspace
-    protected = list(PROTECTED)
-    file = os.path.realpath(resolution.found.path)
-    if inside(file, workspace):
-        protected.append(os.path.relpath(file, workspace))
+    files = [os.path.abspath(file) for file in resolution.files]
+    frozen = [*files, *(os.path.realpath(file) for file in files)]
     absent = [os.path.realpath(path) for path in (places.state, trace)]
-    shields = Shields(workspace, protected, absent, lock=places.lock(workspace))
+    shields = Shields(workspace, PROTECTED, absent, frozen=frozen, lock=places.lock(workspace))
     stack.callback(shields.close)
     return shields
 

@@ -148,6 +148,7 @@ class Launcher:
     def __init__(self) -> None:
         """Start the process. Raises SandboxUnavailable where the executable is missing."""
         self._lock = threading.Lock()
+        self._owner_pid = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         try:
@@ -197,8 +198,13 @@ class Launcher:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the launcher and with it every sandbox it started; waits for the process."""
+        """End the launcher and with it every sandbox it started; waits for the process.
+
+        In a fork of the process that started it, only that process's copy of the socket is closed.
+        """
         self._control.close()
+        if os.getpid() != self._owner_pid:
+            return  # somebody else's child: it can be neither waited for nor ended from here
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

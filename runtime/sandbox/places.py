@@ -66,16 +66,39 @@ def release(workspace: int, name: str) -> None:
 
 
 def set_aside(workspace: int, name: str) -> bool:
-    """Rename whatever is at ``name``, in its folder; False where there is nothing."""
+    """Rename whatever is at ``name``, in its folder; False where there is nothing.
+
+    Raises SandboxFailed where it cannot be moved.
+    """
     with _parent(workspace, name) as (parent, last):
         if parent is None:
             return False
         aside = f"{last}.refused-{os.urandom(4).hex()}"
         try:
+            # The tool may have made the folder read-only to keep what it put there.
+            mode = os.fstat(parent).st_mode & 0o7777
+            if mode & 0o300 != 0o300 and _exists(parent, last):
+                os.fchmod(parent, mode | 0o300)
             os.rename(last, aside, src_dir_fd=parent, dst_dir_fd=parent)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise SandboxFailed(
+                f"{name} appeared during the call and cannot be set aside: {error.strerror}.",
+                step="shield",
+                code="sandbox.protected_made",
+            ) from error
         return True
+
+
+def _exists(parent: int, name: str) -> bool:
+    try:
+        os.lstat(name, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,11 @@ class Shield:
 class Shields:
     """Raises the Shield of each call in one workspace. Safe to use from several threads.
 
-    ``protected`` are names relative to the workspace; a folder's ends with a slash. ``absent``
-    are absolute paths (keys, traces) that no sandbox sees, whatever its profile grants. ``lock``
-    is a file, out of every tool's reach, that counts the processes which use the workspace: only
-    the last one removes the folders made here, in ``close``.
+    ``protected`` are names relative to the workspace; a folder's ends with a slash. ``frozen`` are
+    absolute paths of files (the policies in force) that no tool may change, wherever they lie.
+    ``absent`` are absolute paths (keys, traces) that no tool sees, whatever its profile grants.
+    ``lock`` is a file, out of every tool's reach, that counts the processes which use the
+    workspace: only the last one removes the folders made here, in ``close``.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Shields:
         protected: Sequence[str],
         absent: Sequence[str] = (),
         *,
+        frozen: Sequence[str] = (),
         lock: Path | None = None,
     ) -> None:
         self._workspace = workspace
         self._protected = tuple(protected)
         self._absent = tuple(absent)
+        self._frozen = tuple(frozen)
         self._workspace_fd = os.open(workspace, _FOLDER)
         self._lock = _share(lock) if lock is not None else None
 
@@ -69,30 +72,23 @@ class Shields:
         """Shield one call; afterwards check that nothing protected has appeared.
 
         ``hides`` says of an absolute path whether the profile hides it. Raises SandboxFailed
-        where a path cannot be shielded or the call made a protected file.
+        where a path cannot be shielded or a protected file appeared during the call.
         """
+        self._refuse_absent_grants(profile)
         names = [name for name in self._protected if self._exposed(profile, name)]
-        kept: list[str] = []
+        kept = [path for path in self._frozen if self._freeze(profile, path)]
         for name in names:
-            self._refuse_links(name)
-            kept.append(self._hold_place(name))
-        kept = list(dict.fromkeys(name for name in kept if os.path.lexists(self._path(name))))
+            self._refuse_links(self._path(name), self._workspace)
+            kept.append(self._path(self._hold_place(name)))
+        kept = [path for path in dict.fromkeys(kept) if os.path.lexists(path)]
         free = [name for name in names if not os.path.lexists(self._path(name))]
-        anchors = dict.fromkeys(
-            folder
-            for name in (*kept, *free)
-            for folder in self._folders_above(name)
-            if any(_within(folder, root) for root in profile.write) and os.path.isdir(folder)
-        )
-        hidden = {
-            path for path in self._absent if os.path.lexists(path) and _granted(profile, path)
-        }
+        hidden = [path for path in self._absent if _granted(profile, path)]
         if profile.hide:
-            hidden.update(_find_hidden(profile, hides))
+            hidden += _find_hidden(profile, hides)
+        hidden = _outermost(path for path in hidden if os.path.lexists(path))
+        held = [*kept, *hidden, *(self._path(name) for name in free)]
         shield = Shield(
-            protected=tuple(self._path(name) for name in kept),
-            hidden=tuple(sorted(hidden)),
-            anchors=tuple(anchors),
+            protected=tuple(kept), hidden=tuple(hidden), anchors=_anchors(profile, held)
         )
         try:
             yield shield
@@ -116,6 +112,26 @@ class Shields:
         """Tell whether an absolute path lies where no tool may look at all."""
         return any(_within(path, folder) for folder in self._absent)
 
+    def freezes(self, path: str) -> bool:
+        """Tell whether an absolute real path is a file that no tool may change."""
+        return any(path == os.path.realpath(frozen) for frozen in self._frozen)
+
+    def _refuse_absent_grants(self, profile: Profile) -> None:
+        for root in (*profile.read, *profile.write):
+            if self.refuses(root):
+                raise SandboxFailed(
+                    f"The profile grants {root}, where keys or traces lie.",
+                    step="shield",
+                    code="sandbox.absent_granted",
+                )
+
+    def _freeze(self, profile: Profile, path: str) -> bool:
+        """Tell whether a frozen file lies where the profile may write; refuse links there."""
+        roots = [root for root in profile.write if _within(path, root)]
+        for root in roots:
+            self._refuse_links(path, root)
+        return bool(roots)
+
     def _exposed(self, profile: Profile, name: str) -> bool:
         path = self._path(name)
         return any(_within(path, root) or _within(root, path) for root in profile.write)
@@ -123,17 +139,11 @@ class Shields:
     def _path(self, name: str) -> str:
         return os.path.join(self._workspace, name.rstrip("/"))
 
-    def _folders_above(self, name: str) -> Iterator[str]:
-        path = self._workspace
-        for part in name.rstrip("/").split("/")[:-1]:
-            path = os.path.join(path, part)
-            yield path
-
-    def _refuse_links(self, name: str) -> None:
-        for path in (*self._folders_above(name), self._path(name)):
-            if os.path.islink(path):
+    def _refuse_links(self, path: str, root: str) -> None:
+        for part in (*_folders_between(root, path), path):
+            if os.path.islink(part):
                 raise SandboxFailed(
-                    f"{path} is a symbolic link, so it cannot be protected from the tool.",
+                    f"{part} is a symbolic link, so it cannot be protected from the tool.",
                     step="shield",
                     code="sandbox.protected_link",
                 )
@@ -155,13 +165,44 @@ class Shields:
         return name.rstrip("/")
 
     def _set_aside(self, names: Sequence[str]) -> None:
-        made = [name for name in names if places.set_aside(self._workspace_fd, name)]
-        if made:
+        found = [name for name in names if places.set_aside(self._workspace_fd, name)]
+        if found:
             raise SandboxFailed(
-                f"The call made {', '.join(made)}, which no tool may write; set aside.",
+                f"{', '.join(found)} appeared during the call; no tool may write that. Set aside.",
                 step="shield",
                 code="sandbox.protected_made",
             )
+
+
+def _anchors(profile: Profile, held: Sequence[str]) -> tuple[str, ...]:
+    """Return the writable folders above what is held: renamed, they would take it along."""
+    anchors = {
+        folder
+        for path in held
+        for root in profile.write
+        if _within(path, root)
+        for folder in _folders_between(root, path)
+        if os.path.isdir(folder)
+    }
+    return tuple(sorted(anchors))
+
+
+def _folders_between(root: str, path: str) -> Iterator[str]:
+    """Yield the folders below ``root`` and above ``path``, outermost first."""
+    current = root
+    for part in path.removeprefix(root).strip("/").split("/")[:-1]:
+        current = os.path.join(current, part)
+        yield current
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Leave out what lies below another of the paths."""
+    found: list[str] = []
+    # By components, a folder stands right before all that lies below it.
+    for path in sorted(set(paths), key=lambda path: path.split("/")):
+        if not (found and _within(path, found[-1])):
+            found.append(path)
+    return found
 
 
 def _share(lock: Path) -> int:
@@ -195,8 +236,6 @@ def _find_hidden(profile: Profile, hides: Callable[[str], bool]) -> Iterator[str
         if hides(folder):
             yield folder
             continue
-        if not os.path.isdir(folder) or os.path.islink(folder):
-            continue
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -207,8 +246,15 @@ def _find_hidden(profile: Profile, hides: Callable[[str], bool]) -> Iterator[str
                         yield entry.path
                     elif entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-        except PermissionError:
-            continue  # what we cannot list, the sandbox cannot either: it has fewer rights
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # Gone, a granted file, or what we cannot list: the sandbox has fewer rights than we.
+            continue
+        except OSError as error:
+            # Such as a path longer than the kernel takes: what cannot be searched is refused.
+            raise SandboxFailed(
+                f"{folder[:200]} cannot be searched for hidden files: {error.strerror}.",
+                step="shield",
+            ) from error
 
 
 def _too_many() -> SandboxFailed:
