@@ -119,7 +119,11 @@ def _receive_exactly(channel: socket.socket, count: int) -> bytes | None:
 
 
 class SignerClient:
-    """A running signer process and the channel to it. Thread-safe; one request at a time."""
+    """A running signer process and the channel to it. Thread-safe; one request at a time.
+
+    Only the process that started it may ask: a fork shares the channel, and would take answers
+    that are not its own. There every request raises ``signer.forked``.
+    """
 
     isolation = ISOLATION
 
@@ -128,6 +132,7 @@ class SignerClient:
         self._channel = channel
         self._lock = Lock()
         self._lost = False
+        self._owner_pid = os.getpid()
         self.key = VerifierKey.parse(self._read_answer().decode("utf-8", "replace"))
 
     @classmethod
@@ -184,7 +189,8 @@ class SignerClient:
         """Return the signature line over a head that extends the one signed last.
 
         Raise TraceInvalid ``signer.refused`` when it does not, ``signer.lost`` when the process is
-        gone, ``signer.state`` when it cannot remember what it is about to sign.
+        gone, ``signer.state`` when it cannot remember what it is about to sign, ``signer.forked``
+        in a fork of the process that started it.
         """
         request = Request(
             origin=head.origin,
@@ -196,10 +202,22 @@ class SignerClient:
         return self._ask(request).decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the signer by closing its channel; it is killed if it does not leave."""
+        """End the signer by closing its channel; it is killed if it does not leave.
+
+        In a fork only that process's copy of the channel is closed.
+        """
+        if os.getpid() != self._owner_pid:
+            self._channel.close()
+            return
         _stop(self._process, self._channel)
 
     def _ask(self, request: Request) -> bytes:
+        if os.getpid() != self._owner_pid:
+            raise TraceInvalid(
+                "this process is a fork of the one that started the signer",
+                code="signer.forked",
+                hint="start a signer of its own in each process",
+            )
         with self._lock:
             if self._lost:
                 raise _lost("it is gone")

@@ -65,7 +65,12 @@ SYSTEM_CLOCK: Final = Clock()
 
 
 class TraceWriter:
-    """Appends entries to one trace. Every method may be called from any thread."""
+    """Appends entries to one trace. Every method may be called from any thread.
+
+    INVARIANT: only the process that opened the trace writes it. A fork has copies of the
+    descriptors and of the sizes, but not of the threads, and its entries would take the place of
+    ours: there, recording raises ``trace.forked`` and ``close`` only drops the copies.
+    """
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class TraceWriter:
         """Take over a recovered trace; use ``open``."""
         self.origin: Final = origin
         self._folder, self._lock_fd, self._signer, self._clock = folder, lock_fd, signer, clock
+        self._owner_pid = os.getpid()
         self._started_ns = clock.mono_ns()
         self._tiles: TileStore = recovered.tiles
         self._chains: Chains = recovered.chains
@@ -168,8 +174,8 @@ class TraceWriter:
 
         ``committed`` fields enter the body as salted commitments; their openings are kept beside
         the tree. Raise TraceInvalid: ``trace.body``, ``trace.encoding``, ``trace.too_large``,
-        ``chain.*`` and ``call.*`` refuse this Entry alone; ``trace.write_failed``, ``signer.*``
-        and ``trace.closed`` mean that nothing can be recorded any more.
+        ``chain.*`` and ``call.*`` refuse this Entry alone; ``trace.write_failed``, ``signer.*``,
+        ``trace.closed`` and ``trace.forked`` mean that nothing can be recorded any more.
         """
         if kind in _OWN_KINDS:
             raise TraceInvalid(f"{kind} is written by the writer itself", code="trace.body")
@@ -183,7 +189,12 @@ class TraceWriter:
         return index
 
     def close_session(self, session: str) -> None:
-        """End a session and sign what is there. Calls still open become ``unknown``."""
+        """End a session and sign what is there. Calls still open become ``unknown``.
+
+        In a fork nothing is done: the session goes on where it was opened.
+        """
+        if self._is_fork():
+            return
         self._end(session, "closed")
         self.checkpoint()
 
@@ -192,6 +203,7 @@ class TraceWriter:
 
         Runs in a thread of the writer: an interrupt of the caller must not leave it half done.
         """
+        self._refuse_fork()  # the thread exists only in the process that opened the trace
         return self._aside.submit(self._checkpoint_alone).result()
 
     def _checkpoint_alone(self) -> Checkpoint:
@@ -207,9 +219,13 @@ class TraceWriter:
     def close(self) -> None:
         """Close open sessions, sign, and release the trace. Raise what kept it from that.
 
-        Never waits on a lost signer, and always releases the lock.
+        Never waits on a lost signer, and always releases the lock. In a fork it only closes that
+        process's copies of the descriptors; the lock stays with the process that opened the trace.
         """
         if self._closed:
+            return
+        if self._is_fork():
+            self._drop()
             return
         try:
             if self._failure is None:
@@ -243,6 +259,7 @@ class TraceWriter:
         self, kind: EntryKind, body: Mapping[str, Json], session: str, sealed: list[Sealed]
     ) -> int:
         require_body(kind, body)
+        self._refuse_fork()  # before the lock: whoever held it at the fork never lets go of it here
         with self._lock:
             self._require_usable()
             index = self._size
@@ -303,6 +320,17 @@ class TraceWriter:
             )
         if self._closed:
             raise TraceInvalid("the trace is closed", code="trace.closed")
+
+    def _is_fork(self) -> bool:
+        return os.getpid() != self._owner_pid
+
+    def _refuse_fork(self) -> None:
+        if self._is_fork():
+            raise TraceInvalid(
+                "this process is a fork of the one that writes the trace",
+                code="trace.forked",
+                hint="open a trace of its own in each process",
+            )
 
     def _poison(self, error: TraceInvalid) -> TraceInvalid:
         self._failure = self._failure or error
@@ -401,6 +429,18 @@ class TraceWriter:
                 self._folder.remove(journal_path(first))
         os.close(self._lock_fd)
         self._folder.close()
+
+    def _drop(self) -> None:
+        """Close a fork's copies of the descriptors, and wait for nothing: no thread came along.
+
+        The lock is one of the open file, flock(2): it is held as long as the other copy is open.
+        """
+        self._closed = True
+        closings = (self._openings.close, self._journal.close, self._folder.close)
+        for close in (*closings, lambda: os.close(self._lock_fd)):
+            # Where another thread was between two steps at the fork, a number may be stale.
+            with suppress(OSError):
+                close()
 
 
 def _lost_facts(tail: JournalTail, lost: Mapping[str, OpenSession]) -> dict[str, Json]:

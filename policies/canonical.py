@@ -58,7 +58,11 @@ class Canonical:
 
 
 def canonicalize(policy: Judged, call: Call) -> Canonical:
-    """Bring a Call to the form that is judged, recorded and executed; the caller closes it."""
+    """Bring a Call to the form that is judged, recorded and executed; the caller closes it.
+
+    Raises Denied, and nothing else: what the kernel will not resolve (no descriptor is left, say)
+    is refused as ``path.refused``.
+    """
     signature = _signature(policy, call.tool)
     given = _plain_arguments(signature, call)
     descriptors: dict[str, Resolved] = {}
@@ -74,6 +78,9 @@ def canonicalize(policy: Judged, call: Call) -> Canonical:
                 values[name] = _path(resolver, name, argument, value, descriptors)
             else:
                 values[name] = _value(name, argument, value, many=not signature.closed)
+    except OSError as error:
+        _close(descriptors)
+        raise Denied("the kernel refuses to resolve a path", code="path.refused") from error
     except BaseException:
         _close(descriptors)
         raise
@@ -93,7 +100,10 @@ def _close(descriptors: Mapping[str, Resolved]) -> None:
                     os.close(fd)
 
 
-def _signature(policy: Judged, tool: str) -> Signature:
+def _signature(policy: Judged, tool: object) -> Signature:
+    # Exactly str: a subclass could answer one way here and another way later.
+    if type(tool) is not str:
+        raise Denied("the name of a tool is a text", code="call.unknown_tool")
     if len(tool) > MAX_TOOL_CHARACTERS or _TOOL.fullmatch(tool) is None:
         message = f"{show(tool)} is not the name of a tool"
         raise Denied(message, code="call.unknown_tool")

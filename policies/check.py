@@ -16,9 +16,9 @@ from safeconduct.call import Json, Profile
 from safeconduct.errors import PolicyError
 
 from .capability import covers
-from .globs import Glob
+from .globs import Glob, compile_glob
 from .load import load_policy
-from .match import Argv, PathMatcher
+from .match import Argv, PathMatcher, spell
 from .rules import Policy, Rule, ToolRules
 
 # Programs whose arguments, configuration or input make them run other programs.
@@ -151,6 +151,7 @@ def check_policy(policy: Policy) -> tuple[Finding, ...]:
         findings += _unreachable(tool)
         findings += _runners(policy, tool)
     findings += _shown(policy)
+    findings += _outside(policy)
     if not policy.tools:
         fix = "add rules under tools"
         findings.append(
@@ -242,6 +243,40 @@ def _granted(tool: ToolRules) -> Iterator[str]:
             if isinstance(matcher, PathMatcher):
                 yield from (folder.rstrip("/") or "/" for folder in matcher.folders)
                 yield from matcher.exact
+
+
+def _outside(policy: Policy) -> Iterator[Finding]:
+    """Find what is granted outside the workspace, one finding for each path or pattern.
+
+    INVARIANT: `safeconduct trust` shows these first; a person agrees to no other reach.
+    """
+    level, code = Level.WARNING, "check.outside"
+    fix = "narrow it to $WS, or keep it if this is meant"
+    for name, profile in policy.profiles.items():
+        where = policy.profile_positions[name]
+        for verb, folders in (("reads", profile.read), ("writes", profile.write)):
+            for folder in folders:
+                if covers(policy.workspace, folder):
+                    continue
+                message = f"profile {name} {verb} {spell(folder)}, which is outside the workspace"
+                yield _finding(level, code, policy.file, where.line, where.column, message, fix)
+    for tool in policy.tools.values():
+        for rule in tool.allow + tool.ask:
+            for pattern in _reaching_out(rule, policy.workspace):
+                what = "any path" if pattern is None else spell(pattern)
+                message = f"{rule.id} lets {rule.tool} reach {what}, which is outside the workspace"
+                yield _at(rule, level, code, message, fix)
+
+
+def _reaching_out(rule: Rule, workspace: str) -> Iterator[str | None]:
+    """Yield each path pattern that leads out of the workspace; None stands for any path."""
+    matchers = rule.matchers or {}
+    if rule.tool.startswith("fs.") and not isinstance(matchers.get("path"), PathMatcher):
+        yield None
+    for matcher in matchers.values():
+        for pattern in matcher.patterns if isinstance(matcher, PathMatcher) else ():
+            if not covers(workspace, compile_glob(pattern, workspace=workspace).anchor):
+                yield pattern
 
 
 def _shown(policy: Policy) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 `--policy` and `$SAFECONDUCT_POLICY` are the operator's word. A file found in a project came
 with the project: it only narrows the user's own policy until a person trusts its digest.
+It counts only where it lies: one reached through a link would carry the trust in another project.
 A file found in the user's or the system's configuration must be writable by them alone.
 """
 
@@ -46,14 +47,37 @@ class Found:
     origin: Origin
     why: str
 
+    def refuse_link(self) -> None:
+        """Raise PolicyError ``policy.link`` where a project policy, or its folder, is a link.
+
+        Trust is pinned to the real file. A hostile project that links to a policy trusted
+        elsewhere would have its grants, over the hostile project's own ``$WS``.
+        """
+        if self.origin is not Origin.PROJECT:
+            return
+        file = Path(os.path.abspath(self.path))
+        for path in (file.parent, file):
+            if path.is_symlink():
+                raise PolicyError(
+                    f"{path.name} is a symbolic link, and a project's policy must lie in it",
+                    file=str(self.path),
+                    code="policy.link",
+                    hint="put a copy in its place and read it, or name the file with --policy",
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """The policy that counts. ``why`` says in one sentence which file won, and how far."""
+    """The policy that counts. ``why`` says in one sentence which file won, and how far.
+
+    ``files`` are all files in force as they were named, links not followed: of a narrowed pair
+    the project's and the user's own.
+    """
 
     policy: Judged
     found: Found
     why: str
+    files: tuple[Path, ...]
     trusted: bool = True
 
 
@@ -101,9 +125,11 @@ def resolve_policy(
     """Find, believe and load the policy that counts; see `discover_policy` for the order.
 
     An untrusted project policy is joined with the user's own, which it can only narrow;
-    without one, PolicyError `policy.untrusted` names the command that trusts it.
+    without one, PolicyError `policy.untrusted` names the command that trusts it. One behind a
+    symbolic link is refused, PolicyError `policy.link`.
     """
     found = discover_policy(explicit=explicit, start=start, environment=environment, system=system)
+    found.refuse_link()
     file = read_policy_file(found.path)
     if found.origin is Origin.PROJECT:
         store = trust or TrustStore.of(environment)
@@ -114,7 +140,8 @@ def resolve_policy(
     else:
         _refuse_world_writable(file)
     policy = compile_policy(file, workspace=workspace)
-    return Resolution(policy=policy, found=found, why=f"using {found.path}: {found.why}")
+    why = f"using {found.path}: {found.why}"
+    return Resolution(policy=policy, found=found, why=why, files=(found.path,))
 
 
 def _narrowed(
@@ -133,7 +160,8 @@ def _narrowed(
     _refuse_shared(mine)
     policy = both(compile_policy(mine, workspace=folder), compile_policy(file, workspace=folder))
     why = f"using {own.path}, narrowed by {found.path}, which is not trusted"
-    return Resolution(policy=policy, found=found, why=why, trusted=False)
+    files = (found.path, own.path)
+    return Resolution(policy=policy, found=found, why=why, files=files, trusted=False)
 
 
 def _project_folders(start: Path) -> list[Path]:

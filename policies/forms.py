@@ -22,6 +22,7 @@ from .match import (
     UrlMatcher,
     parse_integer,
     path_matcher,
+    spell,
 )
 from .model import ElementSpec, MatcherSpec
 from .signatures import Kind
@@ -155,7 +156,10 @@ class Forms:
                 raise self._error(place, "... can only come last", "use any for one element")
             spelling = spelling or element.path is not None
             elements.append(self._element(element, place))
-        shown = "[" + ", ".join(_show(spec) for spec in specs) + (", ...]" if rest else "]")
+        wild = [_is_word(self._source.node((*loc, at)), "any") for at in range(len(specs))]
+        shown = tuple(
+            "any" if free else _show(spec) for spec, free in zip(specs, wild, strict=True)
+        )
         return Argv(tuple(elements), rest, shown, spelling)
 
     def _element(self, spec: ElementSpec, loc: Loc) -> str | Callable[[str], bool]:
@@ -186,6 +190,11 @@ def _is_word(node: object, word: str) -> bool:
 
 
 def _show(spec: ElementSpec) -> str:
+    """Write an element with all its values, as in the policy; a quoted `any` keeps its quotes."""
     if spec.literal is not None:
-        return spec.literal
-    return "{" + next(iter(spec.model_fields_set)).rstrip("_") + "}"
+        return spell(spec.literal)
+    if spec.text is not None:
+        return f"{{text: {{max: {spec.text.max}B}}}}"
+    form = next(iter(spec.model_fields_set)).rstrip("_")
+    values = spec.path or spec.in_ or spec.range or []
+    return f"{{{form}: [{', '.join(spell(value) for value in values)}]}}"

@@ -6,10 +6,11 @@ the rule's business (`rules.py`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from safeconduct.call import Json
 
@@ -19,7 +20,8 @@ from .urls import UrlPattern, split_url
 
 # LIMIT: more digits than any 64-bit number; parsing stays linear.
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)
-MAX_SHOWN: Final = 60
+# Words that cannot be taken for a list, a wildcard or the end of one.
+_PLAIN = re.compile(r"(?!any\Z|\.\.\.\Z)[^\s,\"'{}\[\]]+")
 
 
 class Matcher(Protocol):
@@ -34,8 +36,13 @@ class Matcher(Protocol):
         """Tell whether the canonical value matches."""
         ...
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Return every pattern or text that is listed, as `spell` writes them."""
+        ...
+
     def describe(self) -> str:
-        """Say in a few words what would match."""
+        """Say what would match, in full: a person agrees to what this says."""
         ...
 
 
@@ -44,9 +51,9 @@ def parse_integer(text: str) -> int | None:
     return int(text) if _INTEGER.fullmatch(text) else None
 
 
-def _shorten(words: Sequence[str]) -> str:
-    text = ", ".join(words[:4]) + (", …" if len(words) > 4 else "")
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+def spell(word: str) -> str:
+    """Write a word of a policy so that no other word, nor two of them, look the same."""
+    return word if _PLAIN.fullmatch(word) else json.dumps(word, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,10 @@ class AnyValue:
 
     def matches(self, value: Json) -> bool:
         return True
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ()
 
     def describe(self) -> str:
         return "any value"
@@ -85,8 +96,12 @@ class PathMatcher:
         components = value[1:].split("/")
         return any(glob.matches(components) for glob in self.globs)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(spell(pattern) for pattern in self.patterns)
+
     def describe(self) -> str:
-        return f"a path in {_shorten(self.patterns)}"
+        return f"a path in {', '.join(self.words)}"
 
 
 def path_matcher(globs: Sequence[Glob]) -> PathMatcher:
@@ -117,8 +132,12 @@ class UrlMatcher:
         url = split_url(value) if isinstance(value, str) else None
         return url is not None and any(pattern.matches(url) for pattern in self.patterns)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(spell(pattern.pattern) for pattern in self.patterns)
+
     def describe(self) -> str:
-        return f"a URL in {_shorten([pattern.pattern for pattern in self.patterns])}"
+        return f"a URL in {', '.join(self.words)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +151,12 @@ class Literals:
         text = scalar_text(value)
         return text is not None and text in self.texts
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(spell(text) for text in sorted(self.texts))
+
     def describe(self) -> str:
-        return f"one of {_shorten(sorted(self.texts))}"
+        return f"one of {', '.join(self.words)}"
 
 
 def scalar_text(value: Json) -> str | None:
@@ -162,6 +185,10 @@ class NumberRange:
             return False
         return self.low <= value <= self.high
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ()
+
     def describe(self) -> str:
         return f"a number from {self.low} to {self.high}"
 
@@ -175,6 +202,10 @@ class TextLength:
 
     def matches(self, value: Json) -> bool:
         return isinstance(value, str) and len(value.encode("utf-8", "replace")) <= self.max_bytes
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ()
 
     def describe(self) -> str:
         return f"a text of at most {self.max_bytes} bytes"
@@ -215,12 +246,13 @@ class SpelledPath:
 class Argv:
     """`argv`: a list that matches element by element; ``rest`` is a final `...`.
 
-    A literal element is a plain text, so that the common case is one comparison.
+    A literal element is a plain text, so that the common case is one comparison. ``shown`` holds
+    the elements as they are described.
     """
 
     elements: tuple[str | Callable[[str], bool], ...]
     rest: bool
-    shown: str
+    shown: tuple[str, ...]
     judges_spelling: bool = False
     kind: Kind = Kind.ARGV
 
@@ -237,8 +269,12 @@ class Argv:
                 return False
         return all(isinstance(word, str) for word in value[count:])
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.shown, "...") if self.rest else self.shown
+
     def describe(self) -> str:
-        return f"argv {self.shown}"
+        return f"argv [{', '.join(self.words)}]"
 
     @property
     def programs(self) -> frozenset[str]:

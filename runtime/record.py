@@ -45,14 +45,17 @@ class Recorder:
     def intent(self, call: Call, document: Document | None) -> None:
         """Record what is about to be judged; on return it is as durable as the tool demands.
 
-        Without ``document`` the Call could not be brought to a canonical form.
+        Without ``document`` the Call could not be brought to a canonical form. Its tool then has
+        the name that stands in clear: a raw one may hold what no encoding has (a lone surrogate),
+        and must not keep the denial out of the log.
         """
-        judged: dict[str, Json] = {"tool": call.tool, "arguments": None, "workspace": None}
+        tool = _tool_name(call.tool)
+        judged: dict[str, Json] = {"tool": tool, "arguments": None, "workspace": None}
         if document is not None:
             judged = asdict(document)
         body: dict[str, Json] = {
             "call": call.id,
-            "tool": clear_name(call.tool),
+            "tool": tool,
             "caller": clear_name(call.caller),
             "origin": clear_name(call.origin),
             "parent": call.parent,
@@ -70,7 +73,7 @@ class Recorder:
             "enforcement": str(decision.enforcement),
             "profile": decision.profile.name if decision.profile else None,
         }
-        local = call.tool in _LOCAL_TOOLS
+        local = _tool_name(call.tool) in _LOCAL_TOOLS
         durability = Durability.VOLATILE if local else Durability.SYNC
         self._append(EntryKind.CALL_DECISION, body, durability=durability)
 
@@ -127,6 +130,11 @@ class Recorder:
         self._writer.append(
             kind, body, session=self.session, committed=committed, durability=durability
         )
+
+
+def _tool_name(tool: object) -> str:
+    """Return the name of a tool in clear. What is no text is named by its type alone."""
+    return clear_name(tool if isinstance(tool, str) else f"not text: {type(tool).__name__}")
 
 
 def _confinement(confinement: Confinement) -> dict[str, Json]:

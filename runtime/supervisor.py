@@ -49,6 +49,7 @@ class Runtime:
         self.resolution, self.machine, self.trace = resolution, machine, trace
         self.session = recorder.session
         self._stack = stack
+        self._pid = os.getpid()
 
     @classmethod
     def from_policy(
@@ -143,8 +144,12 @@ class Runtime:
         return self.pipeline.perform(call, sink=sink)
 
     def close(self) -> None:
-        """End every sandbox, sign the Trace, end the launcher and the signer."""
-        self._stack.close()
+        """End every sandbox, sign the Trace, end the launcher and the signer.
+
+        Does nothing in a forked child: all of it belongs to the process that started it.
+        """
+        if os.getpid() == self._pid:
+            self._stack.close()
 
     def __enter__(self) -> Runtime:
         return self

@@ -28,7 +28,8 @@ _META = "io.modelcontextprotocol/"
 _NAME_CHARACTERS_MAX = 128
 # LIMIT: bytes of one response that are kept beside the trace; of more, a digest.
 _KEPT_BYTES = 64 << 10
-# LIMIT: requests of the client without an answer, and cancelled ones that may still get one.
+# LIMIT: requests of the client without an answer, and cancelled ones that may still get one. They
+# are counted apart: a server need not answer what was cancelled, so those may pile up.
 _OPEN_MAX = 1024
 _CANCELLED_MAX = 4096
 
@@ -109,13 +110,17 @@ def refusal(message: Message, error: Error) -> bytes:
 
 @dataclass(slots=True, kw_only=True)
 class OpenCall:
-    """A Call that was admitted and forwarded, until its response comes or never will."""
+    """A Call that was admitted and forwarded, until its response comes or never will.
+
+    A cancelled one is still open: the server may have done the work before it heard of it.
+    """
 
     pipeline: Pipeline
     admitted: Admitted
     context: AbstractContextManager[Admitted]
     confinement: Confinement
     started: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
 
     @classmethod
     def admit(
@@ -129,7 +134,9 @@ class OpenCall:
         """Record the Outcome that the server's response tells. Raises TraceInvalid."""
         result = message.result
         if message.error is not None:
-            self.failed(ToolFailed("The server answered with an error.", code="mcp.error"))
+            # Servers answer a cancelled request with an error, so this is how cancelling looks.
+            code = "mcp.cancelled" if self.cancelled else "mcp.error"
+            self.failed(ToolFailed("The server answered with an error.", code=code))
         elif isinstance(result, Mapping) and result.get("isError") not in (None, False):
             self.failed(ToolFailed("The tool reported an error.", code="mcp.tool_error"))
         else:
@@ -163,7 +170,7 @@ class OpenRequests:
         self._lock = threading.Lock()
         # None: held while it is judged, so that a server that guesses ids cannot answer it.
         self._open: dict[Id, OpenCall | Id | None] = {}
-        self._cancelled: OrderedDict[Id, None] = OrderedDict()
+        self._cancelled: OrderedDict[Id, OpenCall | None] = OrderedDict()
         self._ended = False
 
     def hold(self, number: Id) -> None:
@@ -194,8 +201,7 @@ class OpenRequests:
         """Return whether a response with this id was asked for, and the Call it ends."""
         with self._lock:
             if number in self._cancelled:
-                del self._cancelled[number]
-                return True, None
+                return True, self._cancelled.pop(number)
             found = self._open.get(number)
             if found is None:
                 return False, None
@@ -203,26 +209,40 @@ class OpenRequests:
         return True, found if isinstance(found, OpenCall) else None
 
     def cancel(self, number: Id) -> OpenCall | None:
-        """Note that the client waits no longer; its id stays taken, as an answer may come."""
-        with self._lock:
-            if self._open.get(number) is None:
-                return None
-            found = self._open.pop(number)
-            self._cancelled[number] = None
-            if len(self._cancelled) > _CANCELLED_MAX:
-                self._cancelled.popitem(last=False)
-        return found if isinstance(found, OpenCall) else None
+        """Note that the client waits no longer; id and Call stay open, as an answer may come.
 
-    def end(self) -> dict[Id, OpenCall | None]:
-        """Take everything that is still open; nothing can be opened any more."""
+        Returns a Call to close: the one cancelled longest ago, where too many have no answer.
+        """
+        with self._lock:
+            found = self._open.get(number)
+            if found is None:
+                return None
+            del self._open[number]
+            call = found if isinstance(found, OpenCall) else None
+            if call is not None:
+                call.cancelled = True
+            self._cancelled[number] = call
+            if len(self._cancelled) <= _CANCELLED_MAX:
+                return None
+            # From here on its answer is dropped as one that nothing asked for.
+            return self._cancelled.popitem(last=False)[1]
+
+    def end(self) -> tuple[dict[Id, OpenCall | None], list[OpenCall]]:
+        """Take everything that is still open, and the Calls that were cancelled.
+
+        Nothing can be opened any more, and no response is taken for asked.
+        """
         with self._lock:
             self._ended = True
             taken, self._open = self._open, {}
-        return {
+            cancelled = [call for call in self._cancelled.values() if call is not None]
+            self._cancelled.clear()
+        still_open = {
             number: found if isinstance(found, OpenCall) else None
             for number, found in taken.items()
             if found is not None
         }
+        return still_open, cancelled
 
 
 def _bad(what: str) -> ProtocolError:

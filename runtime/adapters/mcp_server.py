@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from safeconduct.call import Call, Engine, Json, Outcome, Profile
 from safeconduct.errors import Error, PolicyError, SandboxUnavailable, ToolFailed
-from safeconduct.policies import Judged, hidden_by, narrow_profiles
+from safeconduct.policies import Judged, Policy, hidden_by, narrow_profiles
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.sandbox.launcher import Exit as End
 from safeconduct.runtime.sandbox.layout import SEARCH, inside
@@ -50,35 +50,42 @@ class Server:
 def choose_profile(policy: Judged, server: str, asked: str | None) -> Profile:
     """Return the profile a server runs in: the one asked for, its namesake, ``base``, the default.
 
-    Raises PolicyError ``mcp.profile_unknown``; ``mcp.profile_conflict`` where a rule for a tool of
-    this server names another profile, since one process cannot be in two.
+    Each part of a policy chooses in that order among its own profiles, and the server gets what
+    all of them grant: an untrusted part that leaves a profile out, or adds one, never leads the
+    operator's own part to a wider one.
+
+    Raises PolicyError ``mcp.profile_unknown`` where no part has the one asked for;
+    ``mcp.profile_conflict`` where a rule for a tool of this server names another profile than its
+    part chose, since one process cannot be in two; Denied ``policy.profile_conflict`` where the
+    parts choose different engines.
     """
-    profiles = policy.profiles
-    if asked is not None and asked not in profiles:
-        names = ", ".join(sorted(profiles)) or "none"
+    known = sorted({name for part in policy.parts for name in part.profiles})
+    if asked is not None and asked not in known:
         raise PolicyError(
             f"There is no profile {asked!r}.",
             code="mcp.profile_unknown",
-            hint=f"There are: {names}.",
+            hint=f"There are: {', '.join(known) or 'none'}.",
         )
-    found = next((name for name in (asked, server, _FALLBACK) if name in profiles), None)
-    if found is not None:
-        profile = profiles[str(found)]
-    else:
-        defaults = [part.default_profile for part in policy.parts]
-        profile = functools.reduce(narrow_profiles, defaults)
-    for part in policy.parts:
-        for tool, rules in part.tools.items():
-            named = [rule for rule in rules.all if rule.profile not in (None, found)]
-            if tool.startswith(f"{server}.") and named:
-                raise PolicyError(
-                    f"Rule {named[0].id} ({named[0].where}) runs in profile {named[0].profile}, "
-                    f"and the server runs in {profile.name}.",
-                    code="mcp.profile_conflict",
-                    hint=f"Start it with --profile {named[0].profile}, or take it out of the rule.",
-                )
-    limits = replace(profile.limits, wall_ms=SESSION_WALL_MS)
-    return replace(profile, limits=limits)
+    chosen = [_chosen(part, server, asked) for part in policy.parts]
+    profile = functools.reduce(narrow_profiles, chosen)
+    return replace(profile, limits=replace(profile.limits, wall_ms=SESSION_WALL_MS))
+
+
+def _chosen(part: Policy, server: str, asked: str | None) -> Profile:
+    """Choose among the profiles of one part; refuse a rule of it that names another."""
+    names = (asked, server, _FALLBACK)
+    found = next((name for name in names if name is not None and name in part.profiles), None)
+    profile = part.default_profile if found is None else part.profiles[found]
+    for tool, rules in part.tools.items():
+        named = [rule for rule in rules.all if rule.profile not in (None, found)]
+        if tool.startswith(f"{server}.") and named:
+            raise PolicyError(
+                f"Rule {named[0].id} ({named[0].where}) runs in profile {named[0].profile}, "
+                f"and the server runs in {profile.name}.",
+                code="mcp.profile_conflict",
+                hint=f"Start it with --profile {named[0].profile}, or take it out of the rule.",
+            )
+    return profile
 
 
 @contextmanager

@@ -127,15 +127,19 @@ class Proxy:
     def finish(self, error: Error) -> int:
         """Record ``error`` as the end of every open call and tell the client; return how many.
 
-        The sandbox must be gone, so that its last responses are all there will be.
+        Cancelled ones end as ``mcp.cancelled``; the client waits for none of them, so they are
+        neither told nor counted. The sandbox must be gone, so that its last responses are all
+        there will be.
         """
         os.write(self._stop_write, b"x")
         reader, writer = self._threads["from-server"], self._threads["from-client"]
         reader.join(_JOIN_SECONDS)
-        still_open = self._open.end()
+        still_open, cancelled = self._open.end()
         calls = [call for call in still_open.values() if call is not None]
         for call in calls:
             call.failed(error)
+        for call in cancelled:
+            call.failed(_cancelled())
         if not reader.is_alive():  # else the client reads nothing and we would wait for it
             for number in still_open:
                 self._answer(error_frame(number, SERVER_ERROR, f"{error.message} [{error.code}]"))
@@ -235,10 +239,15 @@ class Proxy:
         return OpenCall.admit(self._pipeline, self._pipeline.admit(call), self._running.confinement)
 
     def _cancel(self, message: Message) -> None:
+        """Keep a cancelled call open: cancelling is a wish, and its answer may be on the way.
+
+        https://modelcontextprotocol.io/specification/2025-11-25/basic/utilities/cancellation
+        ("Timing Considerations")
+        """
         number = message.params.get("requestId")
-        call = self._open.cancel(request_id(number))
-        if call is not None:
-            call.failed(ToolFailed("The client cancelled it.", code="mcp.cancelled"))
+        forgotten = self._open.cancel(request_id(number))
+        if forgotten is not None:
+            forgotten.failed(_cancelled())
 
     def _refuse_long(self, frame: TooLong) -> None:
         """Answer a frame beyond the limit if its id stands before what is too long."""
@@ -320,6 +329,10 @@ def reason(end: End | int, *, client_left: bool) -> ToolFailed:
     if isinstance(end, End):
         return ToolFailed("The server ended.", code="mcp.server_gone")
     return ToolFailed("The session was interrupted.", code="mcp.interrupted")
+
+
+def _cancelled() -> ToolFailed:
+    return ToolFailed("The client cancelled it, and no answer came.", code="mcp.cancelled")
 
 
 def _write(fd: int, frame: bytes) -> None:

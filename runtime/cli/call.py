@@ -21,6 +21,7 @@ from .outcome import (
     outcome_json,
     output_json,
 )
+from .signals import Termination
 from .source import parse_arguments, parse_source, read_source
 from .terminal import print_json, printable, tell, tell_error
 
@@ -47,11 +48,16 @@ def call(
 
     sink = None if as_json or tool != "shell.run" else Output().show
     try:
-        with Runtime.from_policy(
-            policy, workspace=workspace, trace=trace, tier=tier, origin="call"
-        ) as runtime:
+        with (
+            Termination() as termination,
+            Runtime.from_policy(
+                policy, workspace=workspace, trace=trace, tier=tier, origin="call"
+            ) as runtime,
+        ):
             announce(runtime, explicit=policy is not None)
-            result = runtime.perform(runtime.new_call(tool, given, origin="call"), sink=sink)
+            made = runtime.new_call(tool, given, origin="call")
+            with termination.interrupting():
+                result = runtime.perform(made, sink=sink)
     except Error as error:
         if as_json:
             print_json(error_json(error, error_code(error)))

@@ -23,6 +23,7 @@ from .outcome import (
     exit_code,
     outcome_json,
 )
+from .signals import Termination
 from .source import SOURCE_BYTES_MAX, UsageError
 from .terminal import tell_error
 
@@ -51,12 +52,16 @@ def execute(
     from safeconduct.runtime.supervisor import Runtime  # --help needs none of it
 
     try:
-        with Runtime.from_policy(
-            policy, workspace=workspace, trace=trace, tier=tier, origin="exec"
-        ) as runtime:
+        with (
+            Termination() as termination,
+            Runtime.from_policy(
+                policy, workspace=workspace, trace=trace, tier=tier, origin="exec"
+            ) as runtime,
+        ):
             announce(runtime, explicit=policy is not None)
             call = runtime.new_call("shell.run", arguments, origin="exec")
-            result = runtime.perform(call, sink=Output().show)
+            with termination.interrupting():
+                result = runtime.perform(call, sink=Output().show)
     except Error as error:
         tell_error(error)
         written.write(error_json(error, error_code(error)))

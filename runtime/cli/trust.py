@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from safeconduct.call import Profile
 from safeconduct.errors import Exit, PolicyError
 from safeconduct.policies import (
+    Found,
     Level,
     Origin,
     Policy,
@@ -24,11 +27,14 @@ from safeconduct.policies import (
 from .options import JsonOption
 from .places import refuse_inside_sandbox
 from .source import UsageError
-from .terminal import clip, print_json, print_line, printable, tell
+from .terminal import print_json, print_line, tell
 
-# LIMIT: a longer policy is read in an editor, not here.
-_RULES_SHOWN = 40
-_RULE_CHARACTERS = 300
+# Nothing is cut: a person agrees to all of it. A policy file is bounded, so this is as well.
+# A longer line is written as a list, one pattern on each line.
+_LINE_CHARACTERS = 100
+_OUTSIDE = "check.outside"
+# A policy in this folder is for the folder above it, any other one for where it is run.
+_POLICY_FOLDER = ".safeconduct"
 
 
 def trust(
@@ -53,6 +59,7 @@ def trust(
         there = store.unpin(path)
         print_line(f"{path}: {'no longer trusted' if there else 'was not trusted'}")
         return Exit.OK
+    Found(path=path, origin=Origin.PROJECT, why="it is to be trusted").refuse_link()
     # The digest is of the very bytes that were compiled and are shown: read once.
     policy = load_policy(path)
     trusted = store.is_trusted(path, policy.version)
@@ -62,7 +69,7 @@ def trust(
         _show(path, policy, trusted=trusted)
     if show or trusted:
         return Exit.OK
-    if not yes and not _agreed():
+    if not yes and not _agreed(len(_outside(path, policy))):
         tell("not trusted", "nothing was changed")
         return Exit.DENIED
     store.pin(path, policy.version)
@@ -83,13 +90,14 @@ def _project_policy() -> Path:
     return found.path
 
 
-def _agreed() -> bool:
-    """Ask on the terminal. Only y is yes."""
+def _agreed(outside: int) -> bool:
+    """Ask on the terminal. Only y is yes. The list may have scrolled away, its length has not."""
     if not sys.stdin.isatty():
         raise UsageError(
             "there is no terminal to ask on", hint="read the file, then run it again with --yes"
         )
-    print("Trust this policy, as it is now? [y/N] ", end="", file=sys.stderr, flush=True)
+    reach = f", with {outside} grants outside the workspace" if outside else ""
+    print(f"Trust this policy, as it is now{reach}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline(16).strip().lower() in ("y", "yes")
 
 
@@ -99,24 +107,79 @@ def _json(path: Path, policy: Policy, *, trusted: bool) -> dict[str, object]:
         "digest": policy.version,
         "trusted": trusted,
         "workspace": policy.workspace,
+        "outside": _outside(path, policy),
         "grants": [_line(policy, rule) for rule in _rules(policy)],
+        "profiles": [
+            {"name": name, "engine": profile.engine.value, **_folders(profile)}
+            for name, profile in _profiles(policy).items()
+        ],
         "findings": [one.to_json() for one in check_policy(policy)],
     }
 
 
 def _show(path: Path, policy: Policy, *, trusted: bool) -> None:
     print_line(f"{path}")
+    print_line("  outside the workspace:")
+    for text in _outside(path, policy) or ["nothing"]:
+        print_line(f"    {text}")
     print_line(f"  digest     {policy.version} ({'trusted' if trusted else 'not trusted'})")
     print_line(f"  workspace  {policy.workspace}")
     print_line("  it says    (what is not granted is denied)")
-    rules = _rules(policy)
-    for rule in rules[:_RULES_SHOWN]:
-        print_line(f"    {clip(_line(policy, rule), _RULE_CHARACTERS)}")
-    if len(rules) > _RULES_SHOWN:
-        print_line(f"    … and {len(rules) - _RULES_SHOWN} more rules: read the file")
+    for rule in _rules(policy):
+        _show_rule(policy, rule)
+    for name, profile in _profiles(policy).items():
+        print_line(f"  profile {name}  (engine {profile.engine})")
+        for verb, folders in _folders(profile).items():
+            _show_list(f"    {verb:<5} ", folders)
     for one in check_policy(policy):
         word = "ERROR" if one.level is Level.ERROR else "warning"
-        print_line(f"  {word}    line {one.line}: {one.message}")
+        if one.code != _OUTSIDE:
+            print_line(f"  {word}    line {one.line}: {one.message}")
+
+
+def _show_rule(policy: Policy, rule: Rule) -> None:
+    """Print a rule in one line, or with each of its arguments and patterns on one of its own."""
+    line = f"    {_line(policy, rule)}"
+    if len(line) <= _LINE_CHARACTERS:
+        print_line(line)
+        return
+    print_line(f"    {rule.effect:<5} {rule.tool}{_options(policy, rule)}")
+    for name, matcher in (rule.matchers or {}).items():
+        text = f"      {name} {matcher.describe()}"
+        if len(text) <= _LINE_CHARACTERS or not matcher.words:
+            print_line(text)
+        else:
+            _show_list(f"      {name} ({matcher.kind}) ", matcher.words)
+
+
+def _show_list(head: str, words: Sequence[str]) -> None:
+    line = head + (", ".join(words) or "nothing")
+    if len(line) <= _LINE_CHARACTERS:
+        print_line(line)
+        return
+    print_line(head)
+    for word in words:
+        print_line(f"        {word}")
+
+
+def _outside(path: Path, policy: Policy) -> list[str]:
+    """Return every grant that reaches out of the project, a moved workspace first."""
+    folder = Path(os.path.abspath(path)).parent
+    project = os.path.realpath(folder.parent if folder.name == _POLICY_FOLDER else Path.cwd())
+    found = [one.message for one in check_policy(policy) if one.code == _OUTSIDE]
+    if not Path(policy.workspace).is_relative_to(project):
+        # All that is granted below $WS then lies elsewhere.
+        found.insert(0, f"the workspace itself is {policy.workspace}, not the project's folder")
+    return found
+
+
+def _folders(profile: Profile) -> dict[str, tuple[str, ...]]:
+    return {"read": profile.read, "write": profile.write, "hide": profile.hide}
+
+
+def _profiles(policy: Policy) -> dict[str, Profile]:
+    """Return every profile a Call or a server may run in; the default one may be unwritten."""
+    return {**policy.profiles, policy.default_profile.name: policy.default_profile}
 
 
 def _rules(policy: Policy) -> list[Rule]:
@@ -128,9 +191,12 @@ def _line(policy: Policy, rule: Rule) -> str:
     named = "with any arguments"
     if matchers is not None:
         named = ", ".join(f"{name} {matcher.describe()}" for name, matcher in matchers.items())
-    rest = ", and any others" if rule.rest else ""
-    where = ""
-    if not rule.tool.startswith("fs.") and rule.effect != "deny":
-        profile = policy.profile_of(rule)
-        where = f"  [profile {profile.name}: writes {', '.join(profile.write) or 'nothing'}]"
-    return printable(f"{rule.effect:<5} {rule.tool} {named}{rest}{where}")
+    return f"{rule.effect:<5} {rule.tool} {named}{_options(policy, rule)}"
+
+
+def _options(policy: Policy, rule: Rule) -> str:
+    rest = ", and any other arguments" if rule.rest else ""
+    if rule.tool.startswith("fs.") or rule.effect == "deny":
+        return rest
+    profile = policy.profile_of(rule)
+    return f"{rest}  [profile {profile.name}]"

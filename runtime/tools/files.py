@@ -18,7 +18,7 @@ from safeconduct.errors import LimitExceeded, ToolFailed
 from .task import Object, Task
 
 _READ_BYTES = 1 << 20
-# LIMIT: names in one listing; the rest is left out and the Outcome says so.
+# LIMIT: names looked at for one listing, shown or not; if there are more, the Outcome says so.
 _ENTRIES_MAX = 10_000
 
 
@@ -43,7 +43,12 @@ def read_bytes(item: Object, limit: int) -> bytes:
 
 
 def list_folder(task: Task) -> Outcome:
-    """List a folder: ``value`` is a sorted list of names, folders with a trailing slash."""
+    """List a folder: ``value`` is a sorted list of names, folders with a trailing slash.
+
+    Names that are not printable are left out: no rule could be written for them and no path
+    argument may hold them. ``truncated`` says that names were left out, for this or for the limit;
+    what the profile hides does not count, it is not there.
+    """
     started = time.monotonic()
     item = task.objects["path"]
     if item.fd is None:
@@ -51,16 +56,19 @@ def list_folder(task: Task) -> Outcome:
     try:
         # /proc/self/fd follows to the object that was judged, whatever its name is by now.
         with os.scandir(f"/proc/self/fd/{item.fd}") as entries:
-            names = [
-                entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
-                for _, entry in zip(range(_ENTRIES_MAX + 1), entries, strict=False)
-                if not task.hides(os.path.join(item.path, entry.name))
-            ]
+            looked = [entry for _, entry in zip(range(_ENTRIES_MAX), entries, strict=False)]
+            cut = next(entries, None) is not None
+            visible = [one for one in looked if not task.hides(os.path.join(item.path, one.name))]
+            printable = [entry for entry in visible if entry.name.isprintable()]
+            names = [_listed(entry) for entry in printable]
     except OSError as error:
         raise _failed(item, error) from error
-    cut = len(names) > _ENTRIES_MAX
-    shown = sorted(name for name in names[:_ENTRIES_MAX] if name.isprintable())
-    return Outcome(call=task.call, value=shown, truncated=cut, usage=_usage(started))
+    cut = cut or len(printable) < len(visible)
+    return Outcome(call=task.call, value=sorted(names), truncated=cut, usage=_usage(started))
+
+
+def _listed(entry: os.DirEntry[str]) -> str:
+    return entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
 
 
 def write(task: Task) -> Outcome:

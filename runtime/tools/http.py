@@ -3,7 +3,8 @@
 The supervisor resolves and dials, so the address checked is the address used (no rebinding), and
 hands the connected socket to a worker in a sandbox that can make no socket of its own. TLS and
 HTTP, the parts that read hostile bytes, happen there. No redirect is followed: the caller sees it
-and may make it a Call of its own, which is judged again.
+and may make it a Call of its own, which is judged again. The wall limit holds for all of it: the
+worker gets what resolving and dialling have left.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import queue
 import socket
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TypeAlias, cast
 from urllib.parse import urlsplit
 
 from safeconduct.call import Json, Outcome, Profile
-from safeconduct.errors import Denied, ToolFailed
+from safeconduct.errors import Denied, LimitExceeded, ToolFailed
 from safeconduct.runtime.sandbox.interpreter import base_grants, interpreter
 from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.shield import Shield
@@ -26,27 +30,41 @@ from safeconduct.runtime.sandbox.shield import Shield
 from . import http_worker
 from .task import Task
 
+# LIMIT: resolving and dialling together, or the wall limit where that is shorter.
 _CONNECT_SECONDS_MAX = 10.0
 # LIMIT: addresses of one name that are tried.
 _ADDRESSES_MAX = 4
 _HEAD_BYTES_MAX = 64 << 10
 
-# IPv6 addresses that carry an IPv4 one, which may be private: NAT64 (RFC 6052, 8215), 6to4.
-_TUNNELS = tuple(
-    ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")
+# All of the IPv6 space that is given out for public use (RFC 4291 section 2.4 and IANA's registry);
+# NAT64 (RFC 6052, 8215), mapped and site-local addresses lie outside of it.
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+# Within it, addresses that carry an IPv4 one, which may be private: Teredo (RFC 4380), 6to4.
+_TUNNELS_IPV6 = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
+# The anycast address of 6to4 relays (RFC 7526) leads to whoever says that it is one.
+_RELAYS_IPV4 = ipaddress.IPv4Network("192.88.99.0/24")
+
+# What getaddrinfo(3) gives for one address; the address itself differs by family.
+_Found: TypeAlias = (
+    "tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]]"
 )
 
 
 def get(task: Task, sandbox: NativeSandbox) -> Outcome:
     """Fetch the judged URL: ``value`` holds status and headers, ``stdout`` the body.
 
-    Raises Denied where a name leads to an address that needs a grant of its own, and ToolFailed
-    where the server cannot be reached or does not speak HTTP.
+    Raises Denied where a name leads to an address that needs a grant of its own, ToolFailed where
+    the server cannot be reached or does not speak HTTP, and LimitExceeded where reaching it took
+    the whole wall limit.
     """
+    started = time.monotonic()
+    wall_ms = task.profile.limits.wall_ms
     url = urlsplit(str(task.document.arguments["url"]))
     host, port = str(url.hostname), url.port or (443 if url.scheme == "https" else 80)
-    seconds = min(_CONNECT_SECONDS_MAX, task.profile.limits.wall_ms / 1000)
-    with _dial(host, port, seconds) as connection:
+    with _dial(host, port, min(_CONNECT_SECONDS_MAX, wall_ms / 1000)) as connection:
+        left_ms = wall_ms - int((time.monotonic() - started) * 1000)
+        if left_ms <= 0:
+            raise LimitExceeded(f"Reaching {host} took the whole wall limit.", limit="wall")
         target = (url.path or "/") + (f"?{url.query}" if url.query else "")
         script = os.path.realpath(http_worker.__file__)
         program = Program(
@@ -54,9 +72,8 @@ def get(task: Task, sandbox: NativeSandbox) -> Outcome:
             cwd="/",
             descriptors=[connection.fileno()],
         )
-        limits = replace(
-            task.profile.limits, output_bytes=task.profile.limits.output_bytes + _HEAD_BYTES_MAX
-        )
+        output_bytes = task.profile.limits.output_bytes + _HEAD_BYTES_MAX
+        limits = replace(task.profile.limits, wall_ms=left_ms, output_bytes=output_bytes)
         profile = Profile(name=task.profile.name, read=(*base_grants(), script), limits=limits)
         outcome = sandbox.run(
             task.call, program, profile, workspace=task.document.workspace, shield=Shield()
@@ -67,24 +84,58 @@ def get(task: Task, sandbox: NativeSandbox) -> Outcome:
 def _dial(host: str, port: int, seconds: float) -> socket.socket:
     """Connect to the first address of ``host`` that may be used; the rest are not tried blindly."""
     deadline = time.monotonic() + seconds
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ToolFailed(f"{host} cannot be resolved: {error}.", code="http.resolve") from error
-    reason: OSError | None = None
-    for family, kind, protocol, _, address in found[:_ADDRESSES_MAX]:
-        _require_public(host, str(address[0]))
-        connection = socket.socket(family, kind, protocol)
-        connection.settimeout(max(0.1, deadline - time.monotonic()))
+    reason: OSError = TimeoutError("timed out")
+    for found in _resolve(host, port, deadline)[:_ADDRESSES_MAX]:
+        _require_public(host, str(found[4][0]))
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
         try:
-            connection.connect(address)
+            return _connect(found, left)
         except OSError as error:
-            connection.close()
             reason = error
-            continue
-        connection.settimeout(None)
-        return connection
     raise ToolFailed(f"{host} port {port} cannot be reached: {reason}.", code="http.connect")
+
+
+def _connect(found: _Found, seconds: float) -> socket.socket:
+    family, kind, protocol, _, address = found
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.settimeout(seconds)
+        connection.connect(address)
+        connection.settimeout(None)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _resolve(host: str, port: int, deadline: float) -> Sequence[_Found]:
+    """Look a name up, waiting for it until ``deadline``.
+
+    getaddrinfo(3) takes no time limit and cannot be interrupted, so it runs in a thread that is
+    left to end by the resolver's own bounds (resolv.conf(5), timeout and attempts).
+    """
+    answers: queue.SimpleQueue[Sequence[_Found] | Exception] = queue.SimpleQueue()
+    arguments = (host.strip("[]"), port, answers)
+    threading.Thread(target=_look_up, args=arguments, name="http-resolve", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty as error:
+        raise ToolFailed(f"{host} was not resolved in time.", code="http.resolve") from error
+    if isinstance(answer, Exception):
+        raise ToolFailed(f"{host} cannot be resolved: {answer}.", code="http.resolve") from answer
+    return answer
+
+
+def _look_up(
+    host: str, port: int, answers: queue.SimpleQueue[Sequence[_Found] | Exception]
+) -> None:
+    try:
+        answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    # A label of more than 63 bytes is a UnicodeError of Python's own encoder, not the resolver's.
+    except (OSError, ValueError) as error:
+        answers.put(error)
 
 
 def _require_public(host: str, address: str) -> None:
@@ -100,12 +151,19 @@ def _require_public(host: str, address: str) -> None:
         return
     if spelled == "localhost" and mapped.is_loopback:
         return
-    tunnelled = any(bare in network for network in _TUNNELS if network.version == bare.version)
-    if not mapped.is_global or mapped.is_multicast or tunnelled:
+    if not _is_public(mapped):
         raise Denied(
             f"{host} leads to {address}, which is not a public address.",
             code="http.private_address",
         )
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if not address.is_global or address.is_multicast:
+        return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return address not in _RELAYS_IPV4
+    return address in _PUBLIC_IPV6 and not any(address in network for network in _TUNNELS_IPV6)
 
 
 def _answer(outcome: Outcome, limit: int) -> Outcome:

@@ -1,8 +1,24 @@
 """The command line's entry point: ``safeconduct`` and ``python -m safeconduct``."""
 
-from __future__ import annotations
-
+# First of all, and without a `from __future__` above it, which would be an import too: -m puts the
+# current folder in front of everything, so a project's own typer.py would run in our place.
+# https://docs.python.org/3/library/sys.html#sys.path (safe_path: nothing was put there)
+import os
 import sys
+
+
+def _forget_current_folder() -> None:
+    """Take the folder that ``-m`` added off the import path."""
+    try:
+        current = os.getcwd()
+    except OSError:  # the folder is gone
+        current = ""
+    if not sys.flags.safe_path and sys.path and sys.path[0] in ("", current):
+        del sys.path[0]
+
+
+if __name__ == "__main__":
+    _forget_current_folder()
 
 
 def main() -> None:

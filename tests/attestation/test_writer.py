@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,70 @@ def test_foreign_folders_other_logs_and_other_keys_are_refused(
         TraceWriter.open(bench.trace, signer=eve)
     assert caught.value.code == "trace.key"
     eve.close()
+
+
+def in_a_fork(work: Callable[[], list[str]]) -> list[str]:
+    """Return the words that ``work`` gives in a fork of this process."""
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.write(theirs, " ".join(work()).encode())
+        except BaseException as error:
+            os.write(theirs, f"raised {error!r}".encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as answer:
+        words = answer.read().split()
+    os.waitpid(pid, 0)
+    return words
+
+
+def test_a_fork_records_nothing_and_disturbs_nothing(bench: Bench, signer: SignerClient) -> None:
+    with TraceWriter.open(bench.trace, signer=signer) as writer:
+        session = writer.open_session("local", "sdk")
+        record_call(writer, session, "c1")
+
+        def work() -> list[str]:
+            codes: list[str] = []
+            for attempt in (
+                lambda: record_call(writer, session, "forked"),
+                lambda: writer.open_session("local", "sdk"),
+                writer.checkpoint,
+                lambda: signer.last(writer.origin),
+            ):
+                try:
+                    attempt()
+                except TraceInvalid as error:
+                    codes.append(error.code)
+            writer.close_session(session)
+            writer.close()
+            signer.close()
+            return codes
+
+        assert in_a_fork(work) == ["trace.forked"] * 3 + ["signer.forked"]
+        with pytest.raises(TraceInvalid) as caught:  # the lock is still ours
+            TraceWriter.open(bench.trace, signer=signer)
+        assert caught.value.code == "trace.locked"
+        record_call(writer, session, "c2")
+        writer.close_session(session)
+    report = bench.verify()
+    assert (report.status, report.calls, report.sessions) == (Exit.OK, 2, 1)
+
+
+def test_a_fork_does_not_wait_for_a_lock_that_was_held(bench: Bench, signer: SignerClient) -> None:
+    with TraceWriter.open(bench.trace, signer=signer) as writer:
+
+        def work() -> list[str]:
+            try:
+                writer.open_session("local", "sdk")
+            except TraceInvalid as error:
+                writer.close()
+                return [error.code]
+            return []
+
+        with writer._lock:  # pyright: ignore[reportPrivateUsage]
+            assert in_a_fork(work) == ["trace.forked"]
 
 
 def test_what_may_not_be_recorded_is_refused_alone(bench: Bench, signer: SignerClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,33 @@ def test_arguments_are_closed(policy: Policy) -> None:
     assert refused(policy, "fs.read", path=7) == "call.bad_argument"
     assert refused(policy, "fs.read", path=["src/main.py"]) == "call.bad_argument"
     assert refused(policy, "fs.write", path="x", content=b"x") == "call.bad_argument"
+
+
+@pytest.mark.parametrize("tool", [7, None, b"fs.read", [], "\ud800", "fs.read\n"], ids=repr)
+def test_what_is_no_name_is_no_tool(policy: Policy, tool: str) -> None:
+    assert refused(policy, tool, path="src") == "call.unknown_tool"
+
+
+def test_no_descriptor_left_is_a_refusal(
+    policy: Policy, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def exhausted(path: str, flags: int) -> int:
+        if path == "/":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, flags)
+
+    def gone(fd: int, *, folder: bool) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", exhausted)
+        assert refused(policy, "fs.read", path="/etc/passwd") == "path.refused"
+        assert refused(policy, "files.read", path="/etc/passwd") == "path.refused"
+    with monkeypatch.context() as patch:
+        patch.setattr("safeconduct.policies.canonical.check_holds", gone)
+        assert refused(policy, "fs.read", path="src/main.py") == "path.refused"
 
 
 def test_a_frame_of_one_megabyte_is_refused(policy: Policy) -> None:

@@ -19,6 +19,7 @@ from safeconduct.policies import (
     canonicalize,
     decide,
     discover_policy,
+    read_policy_file,
     resolve_policy,
 )
 
@@ -141,6 +142,36 @@ def test_trust_holds_for_the_very_bytes(home: Home) -> None:
     assert not home.trust.unpin(home.project)
     with pytest.raises(PolicyError):
         home.resolve()
+
+
+@pytest.mark.parametrize("linked", [".safeconduct", ".safeconduct/policy.yaml"])
+def test_trust_is_not_borrowed_through_a_link(home: Home, tmp_path: Path, linked: str) -> None:
+    theirs = home.write(tmp_path / "a/.safeconduct/policy.yaml", WIDE)
+    home.trust.pin(theirs, read_policy_file(theirs).digest)
+    link = home.workspace / linked
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "a" / linked)
+    # Both without and with an own policy that it could narrow.
+    for _ in range(2):
+        with pytest.raises(PolicyError) as caught:
+            home.resolve()
+        assert caught.value.code == "policy.link"
+        assert caught.value.hint
+        home.write(home.own, READS)
+    assert home.resolve(home.project).found.origin is Origin.EXPLICIT
+
+
+def test_all_files_in_force_are_named_as_they_were_named(home: Home) -> None:
+    home.write(home.system, READS)
+    assert home.resolve().files == (home.system,)
+    real = home.write(home.own.with_name("real.yaml"), READS)
+    home.own.symlink_to(real)
+    assert home.resolve().files == (home.own,)
+    home.write(home.project, WIDE)
+    assert home.resolve().files == (home.project, home.own)
+    assert home.resolve(real).files == (real,)
+    home.trust.pin(home.project, read_policy_file(home.project).digest)
+    assert home.resolve().files == (home.project,)
 
 
 def test_a_policy_that_others_can_change_is_refused(home: Home) -> None:

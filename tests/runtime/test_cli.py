@@ -9,9 +9,11 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,6 +319,88 @@ def test_call_is_denied_with_a_code(desk: Desk, tool: str, arguments: str, code:
     assert (done.json["status"], done.json["error"]["code"]) == ("denied", code)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("verb", ["exec", "call"])
+def test_a_signal_ends_the_call_and_signs_the_trace(
+    desk: Desk, verb: str, number: signal.Signals
+) -> None:
+    marker = f"signalled{os.getpid()}"
+    argv = ["sh", "-c", f"echo started; sleep 50; : {marker}"]
+    words = ["exec", "-p", desk.policy, "--trace", desk.root / "trace", "--", *argv]
+    if verb == "call":
+        given = json.dumps({"argv": argv})
+        words = ["call", "shell.run", given, "-p", desk.policy, "--trace", desk.root / "trace"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "safeconduct", *words],
+        stdout=subprocess.PIPE, cwd=desk.project, env=desk.environment,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"started\n"
+        process.send_signal(number)
+        assert process.wait(SECONDS) == Exit.SIGNAL + number
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert marker.encode() not in entry.read_bytes()
+    key = desk.run("keys", "show").out.strip()
+    done = desk.run("trace", "verify", desk.root / "trace", "--key", key)
+    assert done.code == Exit.OK, done.out
+    assert os.listdir(desk.project) == []
+
+
+@pytest.mark.parametrize(("ends", "code"), [(False, Exit.OK), (True, Exit.SIGNAL + 15)])
+def test_a_signal_waits_until_things_are_put_up(ends: bool, code: int) -> None:
+    program = f"""
+import os, signal
+from safeconduct.runtime.cli.signals import Termination
+with Termination() as termination:
+    if {ends}:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+    print("put up", flush=True)
+    try:
+        with termination.interrupting():
+            print("ran", flush=True)
+    finally:
+        print("taken down", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    lines = ["put up", "taken down"] if ends else ["put up", "ran", "taken down"]
+    assert done.stdout.split("\n")[:-1] == lines
+
+
+def test_a_signal_that_was_ignored_stays_ignored(desk: Desk) -> None:
+    command = f"trap '' HUP; exec {sys.executable} -m safeconduct exec -p {desk.policy} -- "
+    with subprocess.Popen(
+        ["sh", "-c", command + "sh -c 'echo started; sleep 0.2; echo ended'"],
+        stdout=subprocess.PIPE, cwd=desk.project, env=desk.environment,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"started\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == b"ended\n"
+        assert process.wait(SECONDS) == Exit.OK
+
+
+def test_nothing_is_imported_from_the_current_folder(desk: Desk) -> None:
+    evil = f"open({str(desk.root / 'imported')!r}, 'a').write(__name__)\n"
+    for name in ("typer", "msgspec", "anyio", "yaml", "wasmtime", "http", "json", "ssl", "queue"):
+        (desk.project / f"{name}.py").write_text(evil)
+    (desk.project / "file").write_text("x")
+    # Python alone would take them: the folder is a real danger.
+    subprocess.run(
+        [sys.executable, "-c", "import typer"], cwd=desk.project, env=desk.environment, check=True
+    )
+    assert (desk.root / "imported").read_text() == "typer"
+    (desk.root / "imported").unlink()
+    assert desk.exec("sh", "-c", "echo hi").out == "hi\n"
+    done = desk.run("call", "fs.read", '{"path": "file"}', "-p", desk.policy)
+    assert (done.code, done.out) == (Exit.OK, "x"), done.err
+    assert not (desk.root / "imported").exists()
+
+
 # -- policies and trust ------------------------------------------------------------------------
 
 
@@ -390,6 +474,63 @@ def test_a_project_policy_counts_only_while_its_very_bytes_are_trusted(desk: Des
     assert desk.run("trust", "--yes").code == Exit.OK
     assert "no longer" in desk.run("trust", "--revoke").out
     assert "policy.untrusted" in desk.run("exec", "--", "ls").err
+
+
+FAR = """\
+version: 1
+profiles:
+  base: {read: ["$WS/**", "/etc/**"], write: ["/srv/far/**"], hide: ["**/.env*"]}
+tools:
+  fs.read: {allow: {path: [PATTERNS]}}
+  shell.run: {allow: {argv: [git, {in: [log, push]}, ...]}}
+"""
+
+
+def test_trust_shows_all_that_one_agrees_to(desk: Desk) -> None:
+    patterns = [f"/opt/{'x' * 30}/{number}/**" for number in range(20)] + ["/root/.ssh/**"]
+    policy = desk.project / ".safeconduct" / "policy.yaml"
+    policy.parent.mkdir()
+    policy.write_text(FAR.replace("PATTERNS", ", ".join(patterns)))
+    shown = desk.run("trust", "--show").out
+    lines = shown.splitlines()
+    assert lines[1] == "  outside the workspace:"
+    reach = lines[2 : lines.index(next(line for line in lines if "digest" in line))]
+    assert len(reach) == len(patterns) + 2
+    for path in (*patterns, "reads /etc", "writes /srv/far"):
+        assert any(f"{path}, which is outside the workspace" in line for line in reach), path
+    for pattern in patterns:
+        assert f"        {pattern}" in lines
+    for text in ("{in: [log, push]}, ...]", "read  ", "write /srv/far", "hide  /**/.env*"):
+        assert text in shown
+    assert "…" not in shown
+    found = desk.run("trust", "--show", "--json").json
+    assert len(found["outside"]) == len(reach)
+    assert found["profiles"][0]["read"] == [str(desk.project.resolve()), "/etc"]
+    assert all(pattern in found["grants"][0] for pattern in patterns)
+
+
+def test_trust_shows_a_workspace_that_was_moved(desk: Desk) -> None:
+    policy = desk.project / ".safeconduct" / "policy.yaml"
+    policy.parent.mkdir()
+    policy.write_text(f"{STRICT}workspace: {desk.root}\n")
+    assert "the workspace itself is" in desk.run("trust", "--show", "--json").json["outside"][0]
+    policy.write_text(STRICT)
+    assert desk.run("trust", "--show", "--json").json["outside"] == []
+
+
+@pytest.mark.parametrize("linked", [".safeconduct", ".safeconduct/policy.yaml"])
+def test_a_policy_behind_a_link_is_neither_trusted_nor_used(desk: Desk, linked: str) -> None:
+    other = desk.root / "other"
+    (other / ".safeconduct").mkdir(parents=True)
+    (other / ".safeconduct" / "policy.yaml").write_text(STRICT)
+    assert desk.run("trust", "--yes", other / ".safeconduct" / "policy.yaml").code == Exit.OK
+    link = desk.project / linked
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(other / linked)
+    own = desk.project / ".safeconduct" / "policy.yaml"
+    for words in (["trust", "--yes"], ["trust", "--yes", own], ["exec", "--", "ls"]):
+        done = desk.run(*words)
+        assert (done.code, "policy.link" in done.err) == (Exit.FAILURE, True), done.err
 
 
 def test_init_follows_no_link(desk: Desk) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +120,38 @@ def test_a_listing_is_bounded_and_printable(
     for name in (b"plain", b"new\nline", b"\xff", b"\x1b[2J"):
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).touch()
     (tmp_path / "folder").mkdir()
-    assert files.list_folder(task(judge(tmp_path))).value == ["folder/", "plain"]
+    outcome = files.list_folder(task(judge(tmp_path)))
+    assert (outcome.value, outcome.truncated) == (["folder/", "plain"], True)
     with pytest.raises(ToolFailed):
         files.list_folder(task(judge(tmp_path / "plain")))
+
+
+@pytest.mark.parametrize(
+    ("names", "hidden", "shown", "cut"),
+    [
+        (["a", "b", "c"], "", 3, False),
+        (["a", "b", "c", "d"], "", 3, True),
+        (["a", "b", ".x"], ".", 2, False),
+        ([".x", ".y", ".z", ".w", "a", "b"], ".", None, True),
+        (["a", "\x1b"], "\x1b", 1, False),
+        (["a", "\x1b"], "", 1, True),
+    ],
+)
+def test_a_listing_says_when_it_leaves_something_out(
+    judge: Callable[[Path], Judged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    names: list[str], hidden: str, shown: int | None, cut: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "_ENTRIES_MAX", 3)
+    for name in names:
+        (tmp_path / name).touch()
+    looked: list[str] = []
+
+    def hides(path: str) -> bool:
+        looked.append(path)
+        return bool(hidden) and os.path.basename(path).startswith(hidden)
+
+    outcome = files.list_folder(replace(task(judge(tmp_path)), hides=hides))
+    assert outcome.truncated is cut
+    assert isinstance(outcome.value, list)
+    assert shown is None or len(outcome.value) == shown
+    assert len(looked) <= 3

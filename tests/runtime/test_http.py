@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from safeconduct import Denied, Runtime, SandboxFailed, ToolFailed
+from safeconduct.call import Limits, Profile
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.tools import http as tool
 
 BIG = 3 << 20
@@ -134,11 +137,92 @@ def test_a_public_name_that_leads_to_loopback_is_refused(
         "::ffff:127.0.0.1",
         "::ffff:10.0.0.1",
         "64:ff9b::7f00:1",
+        "64:ff9b:1::7f00:1",
+        "2002:7f00:1::",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "2001:db8::1",
+        "::127.0.0.1",
+        "fec0::1",
+        "4000::1",
+        "100::1",
+        "192.88.99.1",
+        "::ffff:192.88.99.1",
     ],
 )
 def test_no_private_address_hides_behind_a_name(address: str) -> None:
     with pytest.raises(Denied):
         tool._require_public("name.example", address)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_a_public_address_may_stand_behind_a_name(address: str) -> None:
+    tool._require_public("name.example", address)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_label_no_resolver_takes_is_a_failed_call(tmp_path: Path) -> None:
+    (tmp_path / "ws").mkdir()
+    policy = tmp_path / "policy.yaml"
+    policy.write_text('version: 1\ntools:\n  http.get: {allow: {url: ["https://**/**"]}}\n')
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)}
+    with (
+        Runtime.from_policy(policy, workspace=tmp_path / "ws", environment=environment) as made,
+        pytest.raises(ToolFailed) as failure,
+    ):
+        made.call("http.get", url=f"https://{'a' * 70}.example/")
+    assert failure.value.code == "http.resolve"
+
+
+def test_resolving_and_dialling_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever, waited = threading.Event(), list[float]()
+
+    def never(*_: object, **__: object) -> list[object]:
+        forever.wait(30)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool.socket, "getaddrinfo", never)
+        started = time.monotonic()
+        with pytest.raises(ToolFailed) as failure:
+            tool._dial("slow.example", 80, 0.2)  # pyright: ignore[reportPrivateUsage]
+        forever.set()
+    assert failure.value.code == "http.resolve"
+    assert time.monotonic() - started < 5
+
+    def silent(found: object, seconds: float) -> socket.socket:
+        waited.append(seconds)
+        threading.Event().wait(seconds)
+        raise TimeoutError("timed out")
+
+    def four(*_: object, **__: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 80))] * 4
+
+    monkeypatch.setattr(tool.socket, "getaddrinfo", four)
+    monkeypatch.setattr(tool, "_connect", silent)
+    with pytest.raises(ToolFailed) as failure:
+        tool._dial("silent.example", 80, 0.2)  # pyright: ignore[reportPrivateUsage]
+    assert failure.value.code == "http.connect"
+    assert len(waited) == 1
+
+
+def test_the_worker_gets_what_is_left_of_the_wall_limit(
+    runtime: Runtime, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    real_run, real_dial = NativeSandbox.run, tool._dial  # pyright: ignore[reportPrivateUsage]
+
+    def run(self: NativeSandbox, call: str, program: Program, profile: Profile, **more: Any) -> Any:  # noqa: ANN401 - hands on
+        given.append(profile.limits.wall_ms)
+        return real_run(self, call, program, profile, **more)
+
+    def dial(host: str, port: int, seconds: float) -> socket.socket:
+        connection = real_dial(host, port, seconds)
+        threading.Event().wait(0.3)
+        return connection
+
+    monkeypatch.setattr(NativeSandbox, "run", run)
+    monkeypatch.setattr(tool, "_dial", dial)
+    assert runtime.call("http.get", url=f"http://127.0.0.1:{port}/a").ok
+    assert given[0] <= Limits().wall_ms - 300
 
 
 def test_a_certificate_nobody_vouches_for_is_refused(

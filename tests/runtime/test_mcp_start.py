@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from safeconduct.errors import Exit
+from safeconduct.call import Profile
+from safeconduct.errors import Exit, PolicyError
+from safeconduct.policies import both, parse_policy
 from safeconduct.runtime.adapters.frames import Frames, TooLong
+from safeconduct.runtime.adapters.mcp_server import choose_profile
 
 POLICY = """
 version: 1
@@ -62,6 +65,16 @@ def test_a_program_that_is_nowhere_is_not_found(tmp_path: Path) -> None:
     assert "tool.not_found" in done.stderr
 
 
+def test_no_terminal_obeys_what_is_told_of_a_hostile_name(tmp_path: Path) -> None:
+    hostile = tmp_path / "\x1b]0;owned\x07\u202e"
+    hostile.touch()
+    done = start(tmp_path, "--name", "plain", "--", "true", str(hostile))
+    assert "\\x1b]0;owned\\x07\\u202e" in done.stderr
+    failed = start(tmp_path, "--name", "plain", "--", str(hostile))
+    assert "\\x1b]0;owned" in failed.stderr
+    assert not {"\x1b", "\x07", "\u202e"} & set(done.stderr + failed.stderr)
+
+
 def test_a_rule_in_another_profile_than_the_server_is_a_conflict(tmp_path: Path) -> None:
     done = start(tmp_path, "--name", "files", "--", "true")
     assert done.returncode == Exit.FAILURE
@@ -74,6 +87,54 @@ def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
     done = start(tmp_path, "--name", "plain", "--profile", "none", "--", "true")
     assert done.returncode == Exit.FAILURE
     assert "mcp.profile_unknown" in done.stderr
+
+
+OWN = """
+profiles:
+  base: {read: ["$WS/**"], write: ["$WS/**"]}
+  files: {read: ["$WS/docs/**"]}
+"""
+DOCS = ("/w/docs",)
+
+
+def narrowed(project: str, asked: str | None = None) -> Profile:
+    """Choose for the server ``files`` under the user's own policy and an untrusted project's."""
+    mine, theirs = (
+        parse_policy(f"version: 1\n{text}".encode(), name=name, workspace=Path("/w"))
+        for name, text in (("own", OWN), ("project", project))
+    )
+    return choose_profile(both(mine, theirs), "files", asked)
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        "",
+        "profiles: {}",
+        'profiles: {base: {read: ["/**"], write: ["/**"]}}',
+        'profiles: {other: {read: ["/**"], write: ["/**"]}}',
+        'profiles: {files: {read: ["/**"], write: ["/**"]}}',
+    ],
+)
+def test_an_untrusted_project_never_widens_a_servers_profile(project: str) -> None:
+    for asked in (None, "files"):
+        profile = narrowed(project, asked)
+        assert profile.write == ()
+        assert profile.read in (DOCS, ())  # nothing, where the project's default grants nothing
+
+
+def test_a_project_without_the_servers_profile_does_not_lead_the_users_own_to_base() -> None:
+    assert narrowed('profiles: {base: {read: ["/**"], write: ["/**"]}}').read == DOCS
+
+
+def test_a_profile_that_only_the_project_has_chooses_nothing_in_the_users_own() -> None:
+    project = 'profiles: {base: {read: ["/**"]}, wide: {read: ["/**"], write: ["/**"]}}'
+    assert (narrowed(project, "wide").read, narrowed(project, "wide").write) == (DOCS, ())
+    assert narrowed(project, "base").write == ()
+    with pytest.raises(PolicyError) as caught:
+        narrowed(project, "none")
+    assert caught.value.code == "mcp.profile_unknown"
+    assert "base, files, wide" in caught.value.hint
 
 
 def test_only_the_variables_that_were_named_reach_the_server(tmp_path: Path) -> None:

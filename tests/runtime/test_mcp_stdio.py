@@ -22,7 +22,11 @@ from typing import Any
 import pytest
 
 from safeconduct.attestation import read_entries, verify_trace
-from safeconduct.errors import Exit
+from safeconduct.call import Confinement
+from safeconduct.errors import Error, Exit
+from safeconduct.runtime.adapters import mcp_calls
+from safeconduct.runtime.adapters.jsonrpc import parse
+from safeconduct.runtime.adapters.mcp_calls import OpenCall, OpenRequests
 
 PYTHON = os.path.realpath(sys.executable)
 SERVER = Path(__file__).with_name("mcp_raw_server.py")
@@ -317,6 +321,84 @@ def test_an_id_is_not_used_twice_while_open(session: Session) -> None:
     assert session.answer()["id"] == "5"
     assert session.leave() == 0
     assert ("failed", "mcp.cancelled") in session.outcomes()
+
+
+CANCEL = b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}'
+
+
+def test_a_cancelled_call_that_completes_is_recorded_as_it_came(session: Session) -> None:
+    session.call(424242, "hang")
+    session.send(CANCEL % 424242)
+    session.call(6, "forge")  # answers 424242, "guessed" and itself
+    assert session.answer()["id"] == 424242
+    assert session.answer()["id"] == 6
+    assert session.leave() == 0
+    assert session.outcomes() == [("ok", None)] * 3
+    assert session.errors.read_text().count("nothing asked for") == 1
+
+
+def test_a_cancelled_call_without_an_answer_ends_with_the_session(session: Session) -> None:
+    session.call(4, "hang")
+    session.send(CANCEL % 4)
+    session.call(5, "die")
+    answer = session.answer()
+    assert (answer["id"], session.line()) == (5, b"")
+    assert session.process.wait(SECONDS) == 3
+    found = session.outcomes()
+    assert found == [("failed", "mcp.server_gone"), ("failed", "mcp.cancelled"), ("failed", None)]
+
+
+def open_call(ended: list[str]) -> OpenCall:
+    """Make an open Call that notes the code it ends with."""
+
+    @contextlib.contextmanager
+    def admitted() -> Generator[Any]:
+        try:
+            yield None
+        except Error as error:
+            ended.append(error.code)
+
+    context = admitted()
+    context.__enter__()
+    nothing: Any = None
+    return OpenCall(
+        pipeline=nothing, admitted=nothing, context=context, confinement=Confinement(tier=None)
+    )
+
+
+def test_cancelled_calls_are_bounded_and_the_oldest_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mcp_calls, "_CANCELLED_MAX", 2)
+    monkeypatch.setattr(mcp_calls, "_OPEN_MAX", 1)
+    requests, calls = OpenRequests(), [open_call([]) for _ in range(3)]
+    forgotten: list[OpenCall | None] = []
+    for number, call in enumerate(calls):
+        requests.hold(number)  # what was cancelled takes no place among the open
+        assert requests.forwarding(number, call)
+        forgotten.append(requests.cancel(number))
+    assert forgotten == [None, None, calls[0]]
+    assert requests.take(0) == (False, None)
+    assert requests.take(1) == (True, calls[1])
+    assert requests.cancel(1) is None
+    assert requests.end() == ({}, [calls[2]])
+    assert requests.take(2) == (False, None)
+
+
+@pytest.mark.parametrize(("cancelled", "code"), [(True, "mcp.cancelled"), (False, "mcp.error")])
+def test_an_error_that_answers_a_cancelled_call_is_its_cancelling(
+    cancelled: bool, code: str
+) -> None:
+    ended: list[str] = []
+    requests, call = OpenRequests(), open_call(ended)
+    requests.hold(1)
+    requests.forwarding(1, call)
+    if cancelled:
+        assert requests.cancel(1) is None
+    frame = b'{"jsonrpc":"2.0","id":1,"error":{"code":0,"message":"Request cancelled"}}'
+    assert requests.take(1) == (True, call)
+    call.answered(parse(frame), frame)
+    assert ended == [code]
 
 
 def test_a_server_that_floods_is_ended(session: Session) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from safeconduct.attestation import TraceWriter
+from safeconduct.attestation import TraceWriter, verify_trace
 from safeconduct.call import Call, Decision, EntryKind, Outcome
-from safeconduct.errors import ApprovalRequired, Denied, Error, SandboxFailed, TraceInvalid
+from safeconduct.errors import ApprovalRequired, Denied, Error, Exit, SandboxFailed, TraceInvalid
 from safeconduct.runtime.pipeline import Approver, nobody
 from safeconduct.runtime.supervisor import Runtime
 
@@ -231,6 +231,54 @@ def test_a_second_writer_of_one_trace_is_refused(
     start(trace=tmp_path / "trace")
     with pytest.raises(Error):
         start(trace=tmp_path / "trace")
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closes", "only calls"])
+def test_a_fork_of_the_runtime_takes_nothing_from_its_trace(
+    start: Callable[..., Runtime], workspace: Path, tmp_path: Path, closes: bool
+) -> None:
+    trace = tmp_path / "trace"
+    runtime = start(trace=trace)
+    runtime.call("fs.write", path="before", content="x")
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            for name, arguments in (
+                ("fs.write", {"path": "forked", "content": "x"}),
+                ("shell.run", {"argv": ["sh", "-c", "touch forked"]}),
+                ("fs.read", {"path": "../outside"}),
+            ):
+                try:
+                    runtime.call(name, **arguments)
+                except TraceInvalid as error:
+                    os.write(theirs, f"{error.code} ".encode())
+            if closes:
+                runtime.close()
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as answer:
+        assert answer.read().split() == ["trace.forked"] * 3
+    os.waitpid(pid, 0)
+    runtime.call("fs.write", path="after", content="x")
+    assert runtime.call("shell.run", argv=["sh", "-c", "echo alive"]).stdout == b"alive\n"
+    runtime.close()
+    report = verify_trace(
+        trace, [(tmp_path / "state/safeconduct/keys/log.pub").read_text().strip()]
+    )
+    assert (report.status, report.calls, report.complete) == (Exit.OK, 3, True)
+    assert sorted(os.listdir(workspace)) == ["after", "before"]
+
+
+@pytest.mark.parametrize("tool", ["\ud800", "caf\u00e9", 7, None, b"fs.read", []], ids=repr)
+def test_a_name_that_no_tool_has_is_denied_and_recorded(
+    start: Callable[..., Runtime], entries: list[Entry], tool: str
+) -> None:
+    with pytest.raises(Denied) as caught:
+        start().call(tool)
+    assert caught.value.code == "call.unknown_tool"
+    assert kinds(entries) == WHOLE
+    assert entries[-1][1]["status"] == "denied"
 
 
 def test_a_killed_supervisor_leaves_nothing_running(tmp_path: Path, workspace: Path) -> None:
