@@ -69,8 +69,7 @@ def is_name(value: object) -> bool:
 def clear_name(text: str) -> str:
     """Return text fit to stand in clear: itself, or a short stand-in when it is not a name.
 
-    A hostile tool name must not keep its denial out of the log; the committed document holds the
-    real spelling.
+    A hostile tool name must not keep its denial out of the log.
     """
     if is_name(text):
         return text
