@@ -107,12 +107,12 @@ class Pipeline:
     @contextmanager
     def _judged(self, call: Call) -> Generator[tuple[Canonical, Decision]]:
         try:
-            canonical = self._canonical(call)
+            canonical = canonicalize(self._policy, call)
         except Denied as refusal:
             self._refuse(call, refusal)
             raise
         with canonical:
-            decision = decide(self._policy, canonical.document)
+            decision = self._decide(call, canonical)
             self._recorder.intent(call, canonical.document)
             self._recorder.decision(call, decision)
             with self._failures_of(call):
@@ -130,9 +130,8 @@ class Pipeline:
             self._recorder.failure(call, SandboxFailed("Interrupted.", step="interrupted"))
             raise
 
-    def _canonical(self, call: Call) -> Canonical:
-        """Bring a Call to its one spelling; keys, traces and policies in force are out of reach."""
-        canonical = canonicalize(self._policy, call)
+    def _decide(self, call: Call, canonical: Canonical) -> Decision:
+        """Judge; keys, traces and the policies in force are out of reach of every policy."""
         shields = self._toolbox.shields
         paths = [item.path for item in canonical.descriptors.values()]
         code = None
@@ -141,9 +140,13 @@ class Pipeline:
         elif call.tool == "fs.write" and any(shields.freezes(path) for path in paths):
             code = "path.protected"
         if code is None:
-            return canonical
-        canonical.close()
-        raise Denied("No tool may go there, whatever the policy says.", code=code)
+            return decide(self._policy, canonical.document)
+        return Decision(
+            effect=Effect.DENY,
+            policy=self._policy.version,
+            code=code,
+            reason=f"Denied ({code}): no tool may go there, whatever the policy says.",
+        )
 
     def _allowed(self, call: Call, decision: Decision) -> Decision:
         """Return the decision if it allows, asking a person where the policy says so."""

@@ -65,7 +65,8 @@ def _arguments(stage: Stage) -> Iterator[tuple[int, str]]:
         document = opened.get("document")
         if entry.kind != "call.intent" or not isinstance(document, Opening):
             continue
-        arguments: dict[str, object] = document.json()["arguments"]
+        # None where the call was refused before it had a canonical form.
+        arguments: dict[str, object] = document.json()["arguments"] or {}
         named = (arguments.get(name) for name in _TELLING)
         told = " ".join(str(value) for value in named if value)
         yield index, told.replace(str(stage.workspace), "$WS")
