@@ -175,6 +175,10 @@ class Proxy:
                     self._client_frame(frame)
         except BrokenPipeError:
             return Left.SERVER
+        except ProtocolError as error:
+            # Told before we hang up on the server, whose end would otherwise come first.
+            self._events.put(error)
+            raise
         finally:
             os.close(self._line.server_in)
         return Left.CLIENT
