@@ -177,6 +177,8 @@ BY_SECCOMP = {"user-namespace": NAMESPACE, "socket": SOCKET, "memfd-exec": MEMOR
 
 @pytest.mark.parametrize("attack", BY_SECCOMP.values(), ids=BY_SECCOMP.keys())
 def test_seccomp_refuses(box: Box, weaken: Weaken, attack: str) -> None:
+    if attack is NAMESPACE and not escaped(weaken(without("seccomp")).python(attack)):
+        pytest.skip("this machine refuses user namespaces to everybody: there is nothing to refuse")
     assert escaped(weaken(without("seccomp")).python(attack))
     assert not escaped(box.python(attack))
 

@@ -19,7 +19,7 @@ def answer(number: object) -> bytes:
 
 def main() -> None:
     """Serve until stdin ends."""
-    with open("seen.bin", "ab", buffering=0) as seen:
+    with open("out/seen.bin", "ab", buffering=0) as seen:
         for line in sys.stdin.buffer:
             seen.write(line)
             message = json.loads(line)
