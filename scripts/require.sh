@@ -22,7 +22,7 @@ elif ! "$python" -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")' 2>/dev/null;
 fi
 command -v cc >/dev/null 2>&1 || need "a C compiler (package gcc)"
 if ! command -v cargo >/dev/null 2>&1; then
-    need "cargo >= 1.85 (rustup.rs, or package cargo)"
+    need "cargo >= 1.85 (rustup, or package cargo)"
 else
     minor=$(cargo --version | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
     [ "${minor:-0}" -ge 85 ] || need "cargo >= 1.85 (found $(cargo --version))"
