@@ -34,7 +34,7 @@ from safeconduct.policies import (
 )
 
 Judge = Callable[..., Decision]
-WORKSPACE = Path("/work/space")
+WORKSPACE = Path("/srv/space")
 RANK = {Effect.DENY: 0, Effect.ASK: 1, Effect.ALLOW: 2}
 
 matchers = st.sampled_from(["any", "[x]", "[x, y]", "{in: [y]}", "{text: {max: 1B}}"])
