@@ -8,7 +8,7 @@ import pytest
 
 from safeconduct.policies import PRESETS, Policy, check_policy, parse_policy, read_preset
 
-WORKSPACE = Path("/home/a/work")
+WORKSPACE = Path("/home/a/code")
 
 
 def parse(text: str) -> Policy:
@@ -23,17 +23,17 @@ def outside(text: str) -> list[str]:
 
 
 def test_folders_of_a_profile() -> None:
-    text = "profiles: {p: {read: ['$WS/**', /home/a/**, /home/a/workshop], write: [/srv/x/**]}}"
+    text = "profiles: {p: {read: ['$WS/**', /home/a/**, /home/a/codeshop], write: [/srv/x/**]}}"
     assert outside(text) == [
         "profile p reads /home/a",
-        "profile p reads /home/a/workshop",
+        "profile p reads /home/a/codeshop",
         "profile p writes /srv/x",
     ]
-    assert outside("profiles: {p: {read: [/home/a/work/src/**], hide: [/etc/**]}}") == []
+    assert outside("profiles: {p: {read: [/home/a/code/src/**], hide: [/etc/**]}}") == []
 
 
 @pytest.mark.parametrize("effect", ["allow", "ask"])
-@pytest.mark.parametrize("pattern", ["/**", "/etc/passwd", "**/.env", "/home/*/work/**", "/home/a"])
+@pytest.mark.parametrize("pattern", ["/**", "/etc/passwd", "**/.env", "/home/*/code/**", "/home/a"])
 def test_path_grants(effect: str, pattern: str) -> None:
     for tool in ("fs.read", "fs.list", "fs.write", "files.get"):
         text = f"tools: {{{tool}: {{{effect}: {{path: {{path: ['$WS/**', '{pattern}']}}}}}}}}"
@@ -47,7 +47,7 @@ def test_any_path_is_outside_too(allow: str) -> None:
     assert message.endswith("lets fs.read reach any path")
 
 
-@pytest.mark.parametrize("allowed", ["$WS", "$WS/**", "$WS/*/x", "/home/a/work/**"])
+@pytest.mark.parametrize("allowed", ["$WS", "$WS/**", "$WS/*/x", "/home/a/code/**"])
 def test_what_is_inside_and_what_is_denied_is_fine(allowed: str) -> None:
     rules = f"[{{allow: {{path: ['{allowed}']}}}}, {{deny: {{path: ['**/.env', /etc/**]}}}}]"
     assert outside(f"tools: {{fs.read: {rules}}}") == []
