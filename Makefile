@@ -1,5 +1,5 @@
 # One entry point; CI runs the same targets. Every target does its own set-up.
-.PHONY: setup run test check bench lock clean
+.PHONY: setup run test test-vm check bench lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -20,6 +20,10 @@ run: setup ## the demo: an agent's calls judged, confined, recorded, verified an
 
 test: setup ## every test
 	$(BIN)/python -m pytest
+
+test-vm: setup ## stock kernels under QEMU: cgroup v2, refused namespaces, no Landlock (minutes)
+	scripts/vm-packages.sh
+	$(BIN)/python -m pytest tests/vm/boots.py
 
 check: setup ## format, lint, types, imports, native lints, tests: what CI runs
 	$(BIN)/ruff format --check .

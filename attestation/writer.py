@@ -204,7 +204,12 @@ class TraceWriter:
         Runs in a thread of the writer: an interrupt of the caller must not leave it half done.
         """
         self._refuse_fork()  # the thread exists only in the process that opened the trace
-        return self._aside.submit(self._checkpoint_alone).result()
+        try:
+            alone = self._aside.submit(self._checkpoint_alone)
+        except RuntimeError:
+            # The main thread has ended: no new work for other threads, but this one still lives.
+            return self._checkpoint_alone()
+        return alone.result()
 
     def _checkpoint_alone(self) -> Checkpoint:
         with self._checkpoint_lock:

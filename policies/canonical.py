@@ -17,6 +17,7 @@ from safeconduct.errors import Denied
 
 from .arguments import MAX_INTEGER, copy_json
 from .paths import PathResolver, Resolved, check_holds, show
+from .resources import canonical_resources
 from .rules import Judged
 from .signatures import WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
 from .urls import UrlRefused, canonical_url
@@ -158,6 +159,8 @@ def _value(name: str, argument: Argument, value: Json, *, many: bool) -> Json:
             return _argv(name, value)
         case Kind.INTEGERS:
             return _integers(name, value)
+        case Kind.RESOURCES:
+            return canonical_resources(name, value)
         case _:
             return value
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
-from safeconduct.call import Limits, Profile, Tier
+from safeconduct.call import Limits, Profile, Tier, WorkspaceMode
 from safeconduct.errors import Denied, PolicyError
 
 from .rules import Policy
@@ -34,9 +34,13 @@ def narrow_profiles(one: Profile, other: Profile) -> Profile:
     return Profile(
         name=_join_names(one.name, other.name),
         engine=one.engine,
+        # An overlay holds writes back, so it is what is left of the two.
+        workspace=max(one.workspace, other.workspace, key=list(WorkspaceMode).index),
         read=read,
         write=write,
         hide=tuple(sorted({*one.hide, *other.hide})),
+        imports=tuple(sorted({*one.imports} & {*other.imports})),
+        syscalls=tuple(sorted({*one.syscalls} & {*other.syscalls})),
         limits=_least(one.limits, other.limits),
     )
 

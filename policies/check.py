@@ -14,6 +14,7 @@ from typing import Final
 
 from safeconduct.call import Json, Profile
 from safeconduct.errors import PolicyError
+from safeconduct.syscalls import ADDABLE
 
 from .capability import covers
 from .globs import Glob, compile_glob
@@ -152,6 +153,7 @@ def check_policy(policy: Policy) -> tuple[Finding, ...]:
         findings += _runners(policy, tool)
     findings += _shown(policy)
     findings += _outside(policy)
+    findings += _added_calls(policy)
     if not policy.tools:
         fix = "add rules under tools"
         findings.append(
@@ -266,6 +268,17 @@ def _outside(policy: Policy) -> Iterator[Finding]:
                 what = "any path" if pattern is None else spell(pattern)
                 message = f"{rule.id} lets {rule.tool} reach {what}, which is outside the workspace"
                 yield _at(rule, level, code, message, fix)
+
+
+def _added_calls(policy: Policy) -> Iterator[Finding]:
+    """Find what each profile adds to the system calls that every sandbox has."""
+    fix = "take it out of syscalls if no program here needs it"
+    for name, profile in policy.profiles.items():
+        where = policy.profile_positions[name]
+        for call in profile.syscalls:
+            message = f"profile {name} adds the system call {call}: {ADDABLE[call]}"
+            level, code = Level.WARNING, "check.syscall"
+            yield _finding(level, code, policy.file, where.line, where.column, message, fix)
 
 
 def _reaching_out(rule: Rule, workspace: str) -> Iterator[str | None]:

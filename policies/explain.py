@@ -6,7 +6,7 @@ For the operator's terminal. The agent only ever sees the Decision's reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from safeconduct.call import Decision, Document, Effect, Json, Profile
 
@@ -107,22 +107,14 @@ def _considered_json(item: Considered) -> dict[str, Json]:
 
 
 def _profile_json(profile: Profile) -> dict[str, Json]:
-    limits = profile.limits
     return {
         "name": profile.name,
         "engine": profile.engine.value,
         "read": list(profile.read),
         "write": list(profile.write),
         "hide": list(profile.hide),
+        "imports": list(profile.imports),
+        "syscalls": list(profile.syscalls),
         "net": "none",
-        "limits": {
-            "wall_ms": limits.wall_ms,
-            "cpu_ms": limits.cpu_ms,
-            "memory_bytes": limits.memory_bytes,
-            "pids": limits.pids,
-            "files": limits.files,
-            "disk_bytes": limits.disk_bytes,
-            "output_bytes": limits.output_bytes,
-            "fuel": limits.fuel,
-        },
+        "limits": asdict(profile.limits),
     }

@@ -40,6 +40,8 @@ _FITTING: Mapping[Kind, frozenset[str]] = MappingProxyType(
         Kind.ARGV: frozenset({"argv"}),
         Kind.TEXT: frozenset({"in", "text"}),
         Kind.INTEGERS: frozenset({"in", "range"}),
+        Kind.JSON: frozenset[str](),
+        Kind.RESOURCES: frozenset(),
     }
 )
 _BARE_LIST: Mapping[Kind, str] = MappingProxyType(
@@ -73,9 +75,9 @@ class Forms:
         else:
             loc = (*loc, form)
         if kind is not None and form not in _FITTING[kind]:
-            fitting = " or ".join(sorted(_FITTING[kind]))
+            fitting = " or ".join((*sorted(_FITTING[kind]), "any"))
             message = f"{loc[1]}: {loc[4]!r} is a {kind}, which {form} cannot judge"
-            raise self._error(loc, message, f"use {fitting}, or any")
+            raise self._error(loc, message, f"use {fitting}")
         makers: dict[str, Callable[[MatcherSpec, Loc], Matcher]] = {
             "path": self._path,
             "url": self._url,

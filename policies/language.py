@@ -74,7 +74,7 @@ _PROFILE = _Place(
     _keys(ProfileSpec),
     frozenset({"credentials", "environment", "env", "extends", "narrows"}),
 )
-_LIMITS = _Place("limits", _keys(LimitsSpec), frozenset({"calls", "inodes", "rate", "budget"}))
+_LIMITS = _Place("limits", _keys(LimitsSpec), frozenset({"calls", "rate", "budget"}))
 _RULE = _Place(
     "rule",
     _keys(RuleSpec),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from safeconduct.call import Engine, Tier
+from safeconduct.call import Engine, Tier, WorkspaceMode
 
 from .units import parse_count, parse_duration_ms, parse_size_bytes
 
@@ -19,6 +19,8 @@ MAX_RULES_PER_TOOL = 8192
 MAX_PROFILES = 256
 MAX_PATTERNS = 4096
 MAX_ARGUMENTS = 64
+MAX_IMPORTS = 64
+MAX_SYSCALLS = 64
 # The key that `allow: any` becomes. It cannot be an argument's name.
 ANY_CALL = "*"
 WORD = r"^[A-Za-z0-9_-]{1,64}$"
@@ -31,6 +33,9 @@ ToolName: TypeAlias = Annotated[str, StringConstraints(pattern=TOOL_NAME, max_le
 ArgumentName: TypeAlias = Annotated[str, StringConstraints(pattern=ARGUMENT_NAME)]
 Pattern: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Patterns: TypeAlias = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)]
+# The dotted name of a Python module; ASCII, so that no two spellings are one name.
+MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+Module: TypeAlias = Annotated[str, StringConstraints(pattern=MODULE, max_length=128)]
 
 
 class Model(BaseModel):
@@ -68,7 +73,11 @@ class LimitsSpec(Model):
     pids: Annotated[int, _Count, Field(ge=1, le=1_000_000)] | None = None
     files: Annotated[int, _Count, Field(ge=16, le=1_000_000)] | None = None
     disk: Annotated[int, _Size, Field(ge=0, le=_TEBIBYTE)] | None = None
+    inodes: Annotated[int, _Count, Field(ge=16, le=10**9)] | None = None
+    depth: Annotated[int, _Count, Field(ge=16, le=100_000)] | None = None
+    file: Annotated[int, _Size, Field(ge=0, le=_TEBIBYTE)] | None = None
     output: Annotated[int, _Size, Field(ge=0, le=1 << 30)] | None = None
+    idle: Annotated[int, _Duration, Field(ge=100, le=_DAY_MS)] | None = None
     fuel: Annotated[int, _Count, Field(ge=1, le=10**15)] | None = None
 
 
@@ -77,9 +86,12 @@ class ProfileSpec(Model):
 
     like: Word | None = None
     engine: Engine | None = None
+    workspace: WorkspaceMode | None = None
     read: Patterns | None = None
     write: Patterns | None = None
     hide: Patterns | None = None
+    imports: Annotated[list[Module], Field(max_length=MAX_IMPORTS)] | None = None
+    syscalls: Annotated[list[Word], Field(max_length=MAX_SYSCALLS)] | None = None
     net: Literal["none"] | None = None
     limits: LimitsSpec | None = None
 

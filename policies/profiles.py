@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from safeconduct.call import Engine, Limits, Profile
+from safeconduct.call import LIMIT_FIELDS, Engine, Limits, Profile, WorkspaceMode
+from safeconduct.syscalls import ADDABLE, NEVER, why_never
 
 from .forms import Loc, compile_pattern
 from .language import did_you_mean
@@ -43,6 +44,16 @@ class _Profiles:
             message = f"profile {name!r} sets fuel, which bounds only the wasm engine"
             hint = "use cpu and wall, or engine: wasm"
             raise self.source.error(position, message, hint=hint)
+        if profile.engine is not Engine.NATIVE and profile.workspace is WorkspaceMode.OVERLAY:
+            position = self.source.node(("profiles", name)).position
+            message = f"profile {name!r} asks for an overlay, which a wasm module does not write to"
+            hint = "write workspace: direct, or engine: native"
+            raise self.source.error(position, message, hint=hint)
+        if profile.engine is not Engine.NATIVE and profile.syscalls:
+            position = self.source.node(("profiles", name, "syscalls")).position
+            message = f"profile {name!r} adds syscalls, which a wasm module cannot make"
+            hint = "write syscalls: [], or engine: native"
+            raise self.source.error(position, message, hint=hint)
         return profile
 
     def _lineage(self, name: str) -> list[str]:
@@ -66,10 +77,13 @@ class _Profiles:
         return replace(
             profile,
             engine=spec.engine or profile.engine,
+            workspace=spec.workspace or profile.workspace,
             read=profile.read if read is None else read,
             write=profile.write if write is None else write,
             # What a copied profile hides stays hidden: `like` never uncovers a secret.
             hide=profile.hide + tuple(item for item in hide if item not in profile.hide),
+            imports=profile.imports if spec.imports is None else tuple(dict.fromkeys(spec.imports)),
+            syscalls=profile.syscalls if spec.syscalls is None else self._added(spec.syscalls, loc),
             limits=_limits(profile.limits, spec.limits),
         )
 
@@ -88,6 +102,17 @@ class _Profiles:
             folders.append(path)
         return tuple(dict.fromkeys(folders))
 
+    def _added(self, names: list[str], loc: Loc) -> tuple[str, ...]:
+        for index, name in enumerate(names):
+            if reason := why_never(name):
+                raise self.source.error(
+                    self.source.node((*loc, "syscalls", index)).position,
+                    f"the system call {name!r} cannot be added to a sandbox: {reason}",
+                    hint="remove it" if name in NEVER else did_you_mean(name, ADDABLE),
+                    code="policy.syscall",
+                )
+        return tuple(sorted(set(names)))
+
     def _hidden(self, patterns: list[str] | None, loc: Loc) -> tuple[str, ...]:
         globs = [
             compile_pattern(self.source, (*loc, index), pattern, self.workspace)
@@ -99,14 +124,7 @@ class _Profiles:
 def _limits(limits: Limits, spec: LimitsSpec | None) -> Limits:
     if spec is None:
         return limits
-    named = {
-        "wall_ms": spec.wall,
-        "cpu_ms": spec.cpu,
-        "memory_bytes": spec.memory,
-        "pids": spec.pids,
-        "files": spec.files,
-        "disk_bytes": spec.disk,
-        "output_bytes": spec.output,
-        "fuel": spec.fuel,
+    named: dict[str, int | None] = {
+        field: getattr(spec, name) for name, field in LIMIT_FIELDS.items()
     }
     return replace(limits, **{name: value for name, value in named.items() if value is not None})

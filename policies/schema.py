@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from safeconduct.call import Json
+from safeconduct.syscalls import ADDABLE
 
 from .model import MAX_PATTERNS, TOOL_NAME, WORD
 from .signatures import BUILT_IN
@@ -109,9 +110,9 @@ def _definitions() -> dict[str, Json]:
         {**effects, "profile": {"type": "string"}, "id": {"type": "string"}},
         oneOf=[{"required": [name]} for name in effects],
     )
-    limits: dict[str, Json] = {name: _DURATION for name in ("wall", "cpu")}
-    limits |= {name: _SIZE for name in ("memory", "disk", "output")}
-    limits |= {name: _COUNT for name in ("pids", "files", "fuel")}
+    limits: dict[str, Json] = {name: _DURATION for name in ("wall", "cpu", "idle")}
+    limits |= {name: _SIZE for name in ("memory", "disk", "file", "output")}
+    limits |= {name: _COUNT for name in ("pids", "files", "inodes", "depth", "fuel")}
     patterns: dict[str, Json] = {
         name: {"type": "array", "items": {"type": "string"}} for name in ("read", "write", "hide")
     }
@@ -121,7 +122,10 @@ def _definitions() -> dict[str, Json]:
             {
                 "like": {"type": "string"},
                 "engine": {"enum": ["native", "wasm"]},
+                "workspace": {"enum": ["direct", "overlay"]},
                 **patterns,
+                "imports": {"type": "array", "items": {"type": "string"}},
+                "syscalls": {"type": "array", "items": {"enum": sorted(ADDABLE)}},
                 "net": {"const": "none"},
                 "limits": _closed(limits),
             }

@@ -34,6 +34,7 @@ class Kind(StrEnum):
     NUMBER = "number"
     SCALAR = "scalar"
     INTEGERS = "integers"
+    RESOURCES = "resources"  # what a Call says it needs, in the words of `limits`
     JSON = "json"
 
 
@@ -103,10 +104,18 @@ BUILT_IN: Final[Mapping[str, Signature]] = MappingProxyType(
                     holds=Holds.FOLDER,
                 ),
                 "stdin": Argument(kind=Kind.TEXT, required=False, free=True),
+                # Free: the policy's limits stay the upper bound of whatever stands here.
+                "resources": Argument(kind=Kind.RESOURCES, required=False, free=True),
             },
         ),
         "http.get": Signature(
             arguments={"url": Argument(kind=Kind.URL)}, enforcement=Enforcement.OBJECT
+        ),
+        "python.run": Signature(
+            arguments={
+                "code": Argument(kind=Kind.TEXT, free=True),
+                "input": Argument(kind=Kind.JSON, required=False, free=True),
+            },
         ),
         "wasm.run": Signature(
             arguments={

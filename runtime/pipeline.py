@@ -107,7 +107,8 @@ class Pipeline:
     @contextmanager
     def _judged(self, call: Call) -> Generator[tuple[Canonical, Decision]]:
         try:
-            canonical = canonicalize(self._policy, call)
+            closed = self._toolbox.functions.close_arguments(call)
+            canonical = canonicalize(self._policy, closed)
         except Denied as refusal:
             self._refuse(call, refusal)
             raise

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safeconduct.attestation import write_key
+from safeconduct.errors import TraceInvalid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +52,29 @@ class Places:
         return self.state / "locks" / hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
 
     def prepare(self) -> None:
-        """Make the folders and, the first time, a key."""
-        for folder in (self.state, self.key.parent, self.signer, self.traces, self.state / "locks"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.key.exists():
-            line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
-            self.public_key.write_text(line + "\n")
+        """Make the folders and, the first time, a key. Raises TraceInvalid where it cannot."""
+        folders = (self.state, self.key.parent, self.signer, self.traces, self.state / "locks")
+        try:
+            for folder in folders:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.key.exists():
+                line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
+                self.public_key.write_text(line + "\n")
+        except OSError as error:
+            raise TraceInvalid(
+                f"{error.filename or self.state} cannot be made: {error.strerror}.",
+                code="trace.state",
+                hint="Set XDG_STATE_HOME to a folder of your own, outside every workspace.",
+            ) from error
+
+    @property
+    def changes(self) -> Path:
+        """What sandboxed calls changed in an overlay and nobody has decided about."""
+        return self.state / "changes"
+
+    def commits(self, workspace: str) -> Path:
+        """Where commits of changes to a workspace keep their journal."""
+        return self.state / "commits" / hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]
 
     def new_trace(self) -> Path:
         """Name a folder for a new trace: by time, for people, and unique."""

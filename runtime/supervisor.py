@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import anyio.to_thread
 
@@ -28,10 +29,14 @@ from .sandbox.launcher import Launcher
 from .sandbox.layout import inside
 from .sandbox.machine import Machine
 from .sandbox.native import NativeSandbox, survey
+from .sandbox.python import PythonEngine
 from .sandbox.shield import Shields
 from .sandbox.wasm import WasmEngine
+from .tools.function import Functions
 from .tools.task import Sink
 from .tools.toolbox import Toolbox
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
 
 
 class Runtime:
@@ -43,11 +48,13 @@ class Runtime:
     def __init__(
         self, stack: ExitStack, pipeline: Pipeline, *, native: NativeSandbox, shields: Shields,
         recorder: Recorder, resolution: Resolution, machine: Machine, trace: Path,
+        functions: Functions,
     ) -> None:  # fmt: skip
         """Take over what ``from_policy`` put up; use that."""
         self.pipeline, self.native, self.shields = pipeline, native, shields
         self.resolution, self.machine, self.trace = resolution, machine, trace
         self.session = recorder.session
+        self._functions = functions
         self._stack = stack
         self._pid = os.getpid()
 
@@ -63,11 +70,13 @@ class Runtime:
         caller: str = "local",
         origin: str = "sdk",
         environment: Mapping[str, str] | None = None,
+        explain: bool = False,
     ) -> Runtime:
         """Put up a runtime. Starts two processes; creates a key and a trace folder if needed.
 
         Without ``policy`` it is discovered (docs/policy-language.md). ``tier`` asks for exactly
-        that tier by name. ``environment`` replaces ``os.environ`` for finding files. Raises
+        that tier by name. ``environment`` replaces ``os.environ`` for finding files. With
+        ``explain`` an Outcome says which system calls were refused (``refused``). Raises
         PolicyError, SandboxUnavailable, SandboxFailed or TraceInvalid, and leaves nothing running.
         """
         surroundings = os.environ if environment is None else environment
@@ -85,7 +94,13 @@ class Runtime:
         with ExitStack() as stack:
             machine, native = _confinement(stack, judged, tier)
             shields = _shields(stack, resolution, places, folder)
-            toolbox = Toolbox(native=native, wasm=_wasm(stack, native), shields=shields)
+            toolbox = Toolbox(
+                native=native,
+                wasm=_wasm(stack, native),
+                python=_python(stack, native, machine),
+                shields=shields,
+                explain=explain,
+            )
             recorder = _recorder(stack, places, folder, judged.workspace, caller, origin)
             recorder.policy(
                 judged.version, str(resolution.found.path), resolution.why, native.promises()
@@ -93,7 +108,7 @@ class Runtime:
             pipeline = Pipeline(judged, recorder, toolbox, approver)
             return cls(
                 stack.pop_all(), pipeline, native=native, shields=shields, recorder=recorder,
-                resolution=resolution, machine=machine, trace=folder,
+                resolution=resolution, machine=machine, trace=folder, functions=toolbox.functions,
             )  # fmt: skip
 
     @property
@@ -105,6 +120,23 @@ class Runtime:
     def confinement(self) -> Confinement:
         """What enforces Calls here."""
         return self.native.promises()
+
+    def tool(
+        self, *, name: str | None = None, profile: str | None = None
+    ) -> Callable[[_FunctionT], _FunctionT]:
+        """Return a decorator that registers a function as a tool, judged under its name.
+
+        ``call`` then runs it in a fork of a confined interpreter (docs/python-tools.md); calling
+        the function itself stays an ordinary, unconfined call. With ``profile`` it runs in that
+        profile of the policy or not at all. The decorator raises ToolFailed ``python.function``
+        where the function uses state that cannot cross.
+        """
+
+        def register(function: _FunctionT) -> _FunctionT:
+            self._functions.add(function, name, profile)
+            return function
+
+        return register
 
     def new_call(self, tool: str, arguments: Mapping[str, Json], *, origin: str = "sdk") -> Call:
         """Name a new Call of this session."""
@@ -187,11 +219,11 @@ def _refuse_inside(workspace: str, trace: Path, places: Places) -> None:
 def _confinement(
     stack: ExitStack, policy: Judged, tier: Tier | None
 ) -> tuple[Machine, NativeSandbox]:
-    launcher = Launcher()
-    stack.callback(launcher.close)
     cgroups = cgroup.discover()
     if cgroups is not None:
         stack.callback(cgroups.close)
+    launcher = Launcher()
+    stack.callback(launcher.close)
     machine = survey(launcher, cgroups)
     chosen = machine.choose(policy.require_tier, cgroup=policy.require_cgroup)
     if tier is not None and Tier(tier) is not chosen:
@@ -203,7 +235,9 @@ def _confinement(
                 hint="Leave the tier to the machine and the policy.",
             )
         chosen = tier
-    return machine, NativeSandbox(launcher, tier=chosen, cgroups=cgroups)
+    native = NativeSandbox(launcher, tier=chosen, cgroups=cgroups)
+    stack.callback(native.close)
+    return machine, native
 
 
 def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Path) -> Shields:
@@ -218,6 +252,12 @@ def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Pa
 
 def _wasm(stack: ExitStack, native: NativeSandbox) -> WasmEngine:
     engine = WasmEngine(native)
+    stack.callback(engine.close)
+    return engine
+
+
+def _python(stack: ExitStack, native: NativeSandbox, machine: Machine) -> PythonEngine:
+    engine = PythonEngine(native, machine.cgroups)
     stack.callback(engine.close)
     return engine
 

@@ -1,6 +1,6 @@
 """The part of pyseccomp (libseccomp's Python binding) that sandbox/seccomp.py uses."""
 
-from typing import IO
+from typing import IO, overload
 
 ALLOW: int
 KILL_PROCESS: int
@@ -15,7 +15,10 @@ class Arg:
     def __init__(self, arg: int, op: int, datum_a: int, datum_b: int = 0) -> None: ...
 
 def ERRNO(errno: int) -> int: ...
+@overload
 def resolve_syscall(arch: int, syscall: str) -> int: ...
+@overload
+def resolve_syscall(arch: int, syscall: int) -> bytes: ...
 def system_arch() -> int: ...
 
 class SyscallFilter:

@@ -26,7 +26,8 @@ from safeconduct.policies import Judged, Policy, hidden_by, narrow_profiles
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.sandbox.launcher import Exit as End
 from safeconduct.runtime.sandbox.layout import SEARCH, inside
-from safeconduct.runtime.sandbox.native import Program, Running
+from safeconduct.runtime.sandbox.native import Program
+from safeconduct.runtime.sandbox.running import Running
 from safeconduct.runtime.supervisor import Runtime
 
 # LIMIT: the wall limit of a session.

@@ -41,6 +41,7 @@ GROUPS = {
     "policy": "Check, explain and describe policies.",
     "trace": "List, read and verify traces.",
     "keys": "Show and make log keys.",
+    "changes": "Look at what overlays hold, then commit it or roll it back.",
 }
 VERBS: Mapping[str, Verb] = {
     "init": Verb("init:init", "Write a first policy for a project."),
@@ -57,7 +58,12 @@ VERBS: Mapping[str, Verb] = {
     "replay": Verb("replay:replay", "Judge recorded calls again by another policy."),
     "keys show": Verb("keys:show", "Print the public line of your log key."),
     "keys new": Verb("keys:new", "Make a log key in a new file."),
+    "changes ls": Verb("changes:list_changes", "List changes that wait for a decision."),
+    "changes diff": Verb("changes:diff", "Show what a set of changes does."),
+    "changes commit": Verb("changes:commit_changes", "Apply a set of changes to its workspace."),
+    "changes rollback": Verb("changes:rollback", "Forget a set of changes."),
     "doctor": Verb("doctor:doctor", "Say what this machine can enforce, and how to get more."),
+    "setup": Verb("setup:setup", "Show, and with root do, the one step that gives more here."),
 }
 
 

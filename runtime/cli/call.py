@@ -11,7 +11,14 @@ import typer
 from safeconduct.call import Json, Outcome
 from safeconduct.errors import Error
 
-from .options import JsonOption, PolicyOption, TierOption, TraceOption, WorkspaceOption
+from .options import (
+    ExplainOption,
+    JsonOption,
+    PolicyOption,
+    TierOption,
+    TraceOption,
+    WorkspaceOption,
+)
 from .outcome import (
     Output,
     announce,
@@ -20,6 +27,7 @@ from .outcome import (
     exit_code,
     outcome_json,
     output_json,
+    tell_refused,
 )
 from .signals import Termination
 from .source import parse_arguments, parse_source, read_source
@@ -36,6 +44,7 @@ def call(
     workspace: WorkspaceOption = None,
     trace: TraceOption = None,
     tier: TierOption = None,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Judge, run and record one call of a tool, and print what it returns.
@@ -51,7 +60,7 @@ def call(
         with (
             Termination() as termination,
             Runtime.from_policy(
-                policy, workspace=workspace, trace=trace, tier=tier, origin="call"
+                policy, workspace=workspace, trace=trace, tier=tier, origin="call", explain=explain
             ) as runtime,
         ):
             announce(runtime, explicit=policy is not None)
@@ -63,6 +72,7 @@ def call(
             print_json(error_json(error, error_code(error)))
         tell_error(error)
         return error_code(error)
+    tell_refused(result)
     code = exit_code(result)
     if as_json:
         streams = {"stdout": output_json(result.stdout), "stderr": output_json(result.stderr)}

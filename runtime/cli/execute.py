@@ -13,7 +13,7 @@ import typer
 from safeconduct.call import Json
 from safeconduct.errors import Error
 
-from .options import PolicyOption, TierOption, TraceOption, WorkspaceOption
+from .options import ExplainOption, PolicyOption, TierOption, TraceOption, WorkspaceOption
 from .outcome import (
     OutcomeFile,
     Output,
@@ -22,6 +22,7 @@ from .outcome import (
     error_json,
     exit_code,
     outcome_json,
+    tell_refused,
 )
 from .signals import Termination
 from .source import SOURCE_BYTES_MAX, UsageError
@@ -34,6 +35,7 @@ def execute(
     workspace: WorkspaceOption = None,
     trace: TraceOption = None,
     tier: TierOption = None,
+    explain: ExplainOption = False,
     outcome: Annotated[
         Path | None,
         typer.Option("--outcome", help="Write how the call ended to this file, as JSON."),
@@ -55,7 +57,7 @@ def execute(
         with (
             Termination() as termination,
             Runtime.from_policy(
-                policy, workspace=workspace, trace=trace, tier=tier, origin="exec"
+                policy, workspace=workspace, trace=trace, tier=tier, origin="exec", explain=explain
             ) as runtime,
         ):
             announce(runtime, explicit=policy is not None)
@@ -66,6 +68,7 @@ def execute(
         tell_error(error)
         written.write(error_json(error, error_code(error)))
         return error_code(error)
+    tell_refused(result)
     code = exit_code(result)
     written.write(outcome_json(result, code))
     return code

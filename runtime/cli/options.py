@@ -29,6 +29,13 @@ TierOption = Annotated[
     Tier | None,
     typer.Option("--tier", help="Use exactly this tier, where machine and policy allow it."),
 ]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Show the system calls that were refused, and what would allow them; slower.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TraceArgument = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace folder, or a name from `trace ls`.")

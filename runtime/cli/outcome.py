@@ -34,6 +34,13 @@ def exit_code(outcome: Outcome) -> int:
     return outcome.exit_code or Exit.OK
 
 
+def tell_refused(outcome: Outcome) -> None:
+    """Tell which system calls were refused, where ``--explain`` asked for it."""
+    for one in outcome.refused:
+        times = "once" if one.count == 1 else f"{one.count} times"
+        tell(f"refused {times}: the system call {one.syscall}", one.remedy)
+
+
 def error_code(error: Error) -> int:
     """Return the code of a Call without an Outcome."""
     if isinstance(error, ToolFailed) and error.code == "tool.not_found":

@@ -128,6 +128,7 @@ def _show_profile(profile: Profile) -> None:
         ("read", profile.read),
         ("write", profile.write),
         ("hidden", profile.hide),
+        ("syscalls", profile.syscalls),
     ):
         print_line(f"    {word:<10} {', '.join(paths) or 'nothing'}")
     print_line(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 
-from safeconduct.call import Limits, Tier
+from safeconduct.call import LIMIT_FIELDS, Held, Json, Limits, Tier
 
 from . import machine
 from .cgroup import Charge
@@ -16,13 +17,15 @@ _MEMLOCK_BYTES = 64 << 10
 # Room for what the user starts while the call runs, other calls among it, where all of the user's
 # processes count together: a limit without it would fail calls that did nothing wrong.
 _SHARED_TASKS = 256
+# What the canonical `resources` of a Call ends its numbers with (policies/resources.py).
+_UNITS = "msB"
 
 
 def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str, object]]:
     """Return the resource limits of each process; what already is lower stays lower."""
     values = {
         "core": 0,
-        "fsize": limits.disk_bytes,
+        "fsize": file_bytes(limits),
         "memlock": _MEMLOCK_BYTES,
         "msgqueue": 0,
         "nice": 0,
@@ -41,6 +44,13 @@ def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str,
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
+def file_bytes(limits: Limits) -> int:
+    """Return the bound on one file: its own, and never more than the whole disk limit."""
+    if limits.file_bytes is None:
+        return limits.disk_bytes
+    return min(limits.file_bytes, limits.disk_bytes)
+
+
 def _own_tasks() -> int:
     uid, count = os.geteuid(), 0
     for name in os.listdir("/proc"):
@@ -54,16 +64,83 @@ def _own_tasks() -> int:
     return count
 
 
-def limit_of(end: Exit, charge: Charge, limits: Limits) -> str | None:
-    """Name the limit that ended the call, if one did."""
+def narrow(limits: Limits, hint: Mapping[str, Json]) -> Limits:
+    """Return the smaller of each limit and what a Call says it needs; it can raise none.
+
+    ``hint`` is the canonical ``resources`` argument: names of a policy, each with a text such as
+    ``30000ms``, ``1024B`` or ``64``.
+    """
+    least: dict[str, int] = {}
+    for name, text in hint.items():
+        field_name, wanted = LIMIT_FIELDS[name], int(str(text).rstrip(_UNITS))
+        allowed: int | None = getattr(limits, field_name)
+        least[field_name] = wanted if allowed is None else min(allowed, wanted)
+    return replace(limits, **least)
+
+
+def held(
+    limits: Limits, tier: Tier, *, in_cgroup: bool, direct: bool, watched: bool = True
+) -> dict[str, Held]:
+    """Say how each limit holds here. ``direct``: there are writable folders without an overlay.
+
+    What is only polled may be exceeded for the interval of ``watch.Watch``; without ``watched``
+    nobody looks.
+    """
+    tree = Held.TREE if in_cgroup else Held.PROCESS
+    # In tier landlock the scratch folder lies on the host's disk, as a direct workspace does.
+    private = tier is Tier.FULL and not direct
+    found = {
+        "wall": Held.TREE,
+        # RLIMIT_CPU holds each process anyway; the tree's sum needs the cgroup's account.
+        "cpu": Held.POLLED if in_cgroup else Held.PROCESS,
+        "memory": tree,
+        "pids": Held.TREE if tier is Tier.FULL else tree,
+        "files": Held.PROCESS,
+        "disk": Held.TREE if private else Held.POLLED,
+        "inodes": Held.TREE if private else Held.POLLED,
+        "depth": Held.POLLED if direct else Held.NONE,
+        "file": Held.PROCESS,
+        "output": Held.TREE,
+    }
+    if limits.idle_ms is not None:
+        # Silence alone is not idleness, and without the account computing cannot be told from it.
+        found["idle"] = Held.POLLED if in_cgroup else Held.NONE
+    if not watched:
+        # RLIMIT_CPU and RLIMIT_FSIZE are left, for each process and each file.
+        found |= {name: Held.NONE for name, how in found.items() if how is Held.POLLED}
+        found |= {name: Held.PROCESS for name in ("cpu", "disk") if found[name] is Held.NONE}
+    return found
+
+
+def limit_of(
+    end: Exit,
+    charge: Charge,
+    limits: Limits,
+    *,
+    polled: str | None = None,
+    full: str | None = None,
+) -> str | None:
+    """Name the limit that ended the call, if one did.
+
+    ``polled`` is what the watch ended it for. ``full`` names the limit that the private scratch
+    folder had reached when the program ended. A limit that the program met and survived is only in
+    its Usage: it must have failed too.
+    """
+    if polled is not None:
+        return polled
     if end.wall_limit:
         return "wall"
-    if end.signal == signal.SIGKILL and charge.oom_kills:
-        return "memory"
     if end.signal == signal.SIGXCPU or (
         end.signal == signal.SIGKILL and limits.cpu_ms and end.cpu_us // 1000 >= limits.cpu_ms
     ):
         return "cpu"
     if end.signal == signal.SIGXFSZ:
-        return "disk"
-    return None
+        return "disk" if limits.file_bytes is None else "file"
+    if end.signal is None and not end.code:
+        return None
+    # The kernel may have ended a child, and the program failed because of that.
+    if charge.oom_kills:
+        return "memory"
+    if full is not None:
+        return full
+    return "pids" if charge.refused_forks else None

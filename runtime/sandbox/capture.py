@@ -1,19 +1,17 @@
-"""Step "sandbox": the standard streams of one program, read within a bound."""
+"""Step "sandbox": the output of one program, read within a bound while it is watched."""
 
 from __future__ import annotations
 
 import os
-import selectors
+import select
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from enum import Enum, auto
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from safeconduct.errors import SandboxFailed
 
-from . import seccomp
 from .launcher import Channel, Exit
+from .watch import Watch
 
 Sink: TypeAlias = Callable[[str, bytes], None]
 
@@ -22,82 +20,86 @@ GRACE_SECONDS = 5.0
 _READ_BYTES = 64 << 10
 
 
-class Streams:
-    """Pipes for stdout and stderr and a source for stdin; closes all of them."""
-
-    def __init__(self, stdin: bytes) -> None:
-        """Open them. Raises OSError where this process has no descriptors left."""
-        with ExitStack() as opened:
-            self._theirs = opened.enter_context(ExitStack())
-            self.stdout, stdout = self._pipe(opened)
-            self.stderr, stderr = self._pipe(opened)
-            source = _stdin(stdin)
-            self._theirs.callback(os.close, source)
-            self.given = (source, stdout, stderr)
-            self._all = opened.pop_all()
-
-    def hand_over(self) -> None:
-        """Close what the program now has its own copies of."""
-        self._theirs.close()
-
-    def close(self) -> None:
-        """Close everything that is still open."""
-        self._all.close()
-
-    def _pipe(self, opened: ExitStack) -> tuple[int, int]:
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
-        opened.callback(os.close, ours)
-        self._theirs.callback(os.close, theirs)
-        return ours, theirs
-
-
-class _Read(Enum):
-    DATA = auto()
-    NOTHING = auto()
-    END = auto()
-
-
 class Capture:
     """Collects two output streams up to a common bound; the rest is read and dropped."""
 
     def __init__(self, limit: int, sink: Sink | None) -> None:
-        self.streams = {"stdout": b"", "stderr": b""}
+        self.stdout = self.stderr = b""
         self.cut = False
+        # The limit that the watch ended the call for.
+        self.exceeded: str | None = None
         self._left = limit
         self._sink = sink
+        self._seen = False
         self._parts: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
 
-    def follow(self, channel: Channel, stdout: int, stderr: int, wall_ms: int) -> Exit:
-        """Read both streams until the sandbox reports its end."""
-        deadline = time.monotonic() + wall_ms / 1000 + GRACE_SECONDS
-        with selectors.DefaultSelector() as selector:
-            for fd, name in ((stdout, "stdout"), (stderr, "stderr")):
-                os.set_blocking(fd, False)
-                selector.register(fd, selectors.EVENT_READ, name)
-            selector.register(channel, selectors.EVENT_READ, "channel")
-            end: Exit | None = None
-            while end is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise SandboxFailed("The sandbox outlived its wall limit.", step="wall")
-                for key, _ in selector.select(left):
-                    if key.data == "channel":
-                        end = _exit(channel.receive(GRACE_SECONDS))
-                    elif self._read(key.fd, key.data) is _Read.END:
-                        selector.unregister(key.fd)
-        # Every writer is dead now: what is left in the pipes is all there will be.
-        for fd, name in ((stdout, "stdout"), (stderr, "stderr")):
-            while self._read(fd, name) is _Read.DATA:
-                pass
-        self.streams = {name: b"".join(parts) for name, parts in self._parts.items()}
+    def follow(
+        self,
+        channel: Channel,
+        streams: tuple[int, int],
+        wall_ms: int,
+        watch: Watch,
+        arrived: Callable[[], None] | None = None,
+    ) -> Exit:
+        """Read both streams until the sandbox reports its end.
+
+        ``arrived`` is called when a descriptor came on the channel before the end.
+        """
+        names = dict(zip(streams, ("stdout", "stderr"), strict=True))
+        poll = select.poll()
+        poll.register(channel, select.POLLIN)
+        for fd in streams:
+            os.set_blocking(fd, False)
+            poll.register(fd, select.POLLIN)
+        now = time.monotonic()
+        deadline = now + wall_ms / 1000 + GRACE_SECONDS
+        look = now + watch.interval_seconds
+        end: Exit | None = None
+        while end is None:
+            for fd, _ in poll.poll(max(0, (min(look, deadline) - now) * 1000)):
+                if fd not in names:
+                    end = channel.next(0)
+                    if end is None and arrived is not None:
+                        arrived()
+                elif not self._read(fd, names[fd]):
+                    poll.unregister(fd)
+            now = time.monotonic()
+            if now >= look and end is None:
+                look = self._look(watch, channel, now, deadline)
+        self._finish(names)
+        if end.code is None and end.signal is None and not end.wall_limit and not self.exceeded:
+            # The init ended the tree because its launcher was gone.
+            raise SandboxFailed("The launcher died before the call ended.", step="launcher")
         return end
 
-    def _read(self, fd: int, name: str) -> _Read:
+    def _finish(self, names: Mapping[int, str]) -> None:
+        """Read what is left: every writer is dead now, so it is all there will be."""
+        for fd, name in names.items():
+            while self._read(fd, name):
+                pass
+        self.stdout, self.stderr = (b"".join(parts) for parts in self._parts.values())
+
+    def _look(self, watch: Watch, channel: Channel, now: float, deadline: float) -> float:
+        """Look at the limits that the kernel does not hold; return when to look again."""
+        if now >= deadline:
+            raise SandboxFailed("The sandbox outlived its wall limit.", step="wall")
+        if self.exceeded is None:
+            self.exceeded = watch.check(now, self._seen)
+            self._seen = False
+            if self.exceeded is not None:
+                channel.end()
+        return min(now + watch.interval_seconds, deadline)
+
+    def _read(self, fd: int, name: str) -> bool:
+        """Read once; False at the end of the stream, or when there is nothing now."""
         try:
             data = os.read(fd, _READ_BYTES)
         except BlockingIOError:
             # A program may open its own end for reading too and be faster than we are.
-            return _Read.NOTHING
+            return False
+        if not data:
+            return False
+        self._seen = True
         kept = data[: self._left]
         self.cut = self.cut or len(kept) < len(data)
         self._left -= len(kept)
@@ -105,19 +107,4 @@ class Capture:
             self._parts[name].append(kept)
             if self._sink:
                 self._sink(name, kept)
-        return _Read.DATA if data else _Read.END
-
-
-def _exit(message: Exit | str) -> Exit:
-    if isinstance(message, str):
-        raise SandboxFailed("The sandbox started twice.", step="channel")
-    if message.code is None and message.signal is None and not message.wall_limit:
-        # The init ended the tree because its launcher was gone.
-        raise SandboxFailed("The launcher died before the call ended.", step="launcher")
-    return message
-
-
-def _stdin(data: bytes) -> int:
-    if not data:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    return seccomp.memory_file(data)
+        return True

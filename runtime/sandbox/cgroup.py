@@ -1,7 +1,8 @@
 """Step "sandbox": limits for a whole process tree through cgroups, v1 or v2.
 
-A cgroup is made for one call and removed after it; a used one would stay charged. Nothing is
-touched but folders this process made. Sources: cgroups(7), kernel admin-guide cgroup-v1 and -v2.
+A cgroup is made for one call, possibly ahead of it, and removed after it; a used one would stay
+charged. Nothing is touched but folders this process made. Sources: cgroups(7), kernel admin-guide
+cgroup-v1 and cgroup-v2.
 """
 
 from __future__ import annotations
@@ -12,30 +13,32 @@ import secrets
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safeconduct.call import Limits
 from safeconduct.errors import SandboxFailed
 
-# The launcher's stub in front of the program counts as one process.
-_STUB_PIDS = 1
+from . import leaf
+from .accounts import INIT_PIDS, Accounts, Charge
+
+__all__ = ["Cgroup", "Cgroups", "Charge", "discover", "remove_abandoned"]
+
 _REMOVE_SECONDS = 2.0
 # Another pid namespace's supervisor looks dead from here; what it just made is left alone.
 _ABANDONED_SECONDS = 60.0
+# The cpu controller of version 1 is left out: joining one more hierarchy costs each call 0.1 ms.
 _CONTROLLERS_V1 = ("memory", "pids", "cpuacct")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
-    """What the kernel charged to one call."""
-
-    cpu_ms: int | None = None
-    peak_memory_bytes: int | None = None
-    refused_forks: int | None = None
-    oom_kills: int = 0
+# LIMIT: 16 removals of some 0.1 ms each, then a pause: at most a sixth of one processor, and more
+# a second than calls can be started.
+_BATCH, _PAUSE_SECONDS = 16, 0.008
+# LIMIT: where calls end faster than that, whoever makes a new one removes two old ones.
+_BACKLOG_MAX = 512
+# LIMIT: a tree that forks while it is moved is moved again, so often.
+_MOVES_MAX = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,46 +47,34 @@ class Cgroup:
 
     version: int
     folders: Mapping[str, Path]
+    accounts: Accounts = field(default_factory=Accounts)
 
     @property
     def procs(self) -> Sequence[str]:
         """The files a process joins through."""
-        return sorted({str(folder / "cgroup.procs") for folder in self.folders.values()})
+        return sorted({f"{folder}/cgroup.procs" for folder in self.folders.values()})
 
     def charge(self) -> Charge:
-        """Read the accounts. The call must be over."""
-        memory, pids = self.folders["memory"], self.folders["pids"]
-        if self.version == 1:
-            usage = self.folders.get("cpuacct")
-            nanoseconds = _number(usage / "cpuacct.usage") if usage else None
-            return Charge(
-                cpu_ms=None if nanoseconds is None else nanoseconds // 1_000_000,
-                peak_memory_bytes=_number(memory / "memory.max_usage_in_bytes"),
-                refused_forks=_keyed(pids / "pids.events", "max"),
-                oom_kills=_keyed(memory / "memory.oom_control", "oom_kill") or 0,
-            )
-        microseconds = _keyed(memory / "cpu.stat", "usage_usec")
-        return Charge(
-            cpu_ms=None if microseconds is None else microseconds // 1000,
-            peak_memory_bytes=_number(memory / "memory.peak"),
-            refused_forks=_keyed(pids / "pids.events", "max"),
-            oom_kills=_keyed(memory / "memory.events", "oom_kill") or 0,
-        )
+        """Read the accounts, during the call or after it, until ``retire``."""
+        return self.accounts.read()
+
+    def members(self) -> list[int]:
+        """Return the process ids that are in it now."""
+        return _members(next(iter(self.folders.values())) / "cgroup.procs")
 
     def kill(self) -> None:
         """End every process in it. The call is over: whatever is still there was left behind.
 
         That happens where init and launcher both died and there was no pid namespace.
         """
-        procs = self.folders["pids"] / "cgroup.procs"
-        for pid in _members(procs):
+        for pid in self.members():
             try:
                 process = os.pidfd_open(pid)
             except OSError:
                 continue
             try:
                 # The number may have been given to a stranger since; the descriptor cannot be.
-                if pid in _members(procs):
+                if pid in self.members():
                     signal.pidfd_send_signal(process, signal.SIGKILL)
             except ProcessLookupError:
                 pass
@@ -92,11 +83,12 @@ class Cgroup:
 
     def remove(self) -> bool:
         """Remove the folders; False while a process is still leaving."""
+        self.accounts.close()
         try:
             for folder in set(self.folders.values()):
                 # An interrupt may have come before all of them were made.
                 with suppress(FileNotFoundError):
-                    folder.rmdir()
+                    os.rmdir(folder)
         except OSError:
             return False
         return True
@@ -104,76 +96,182 @@ class Cgroup:
 
 @dataclass(slots=True)
 class Cgroups:
-    """Where this process may make cgroups, and those it made that are not yet removed."""
+    """Where this process may make cgroups, and those it made that are not yet removed.
+
+    Safe to use from several threads. What is retired is removed by a thread of its own.
+    """
 
     version: int
     bases: Mapping[str, Path]
-    _live: list[Cgroup] = field(default_factory=list[Cgroup])
-    _used: list[Cgroup] = field(default_factory=list[Cgroup])
+    cpu_base: Path | None = None
+    _live: dict[str, Cgroup] = field(default_factory=dict[str, Cgroup])
+    _used: deque[tuple[str, Cgroup]] = field(default_factory=deque[tuple[str, Cgroup]])
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _token: str = field(default_factory=lambda: secrets.token_hex(4))
+    _missing: set[str] = field(default_factory=set[str])
+    _owner_pid: int = field(default_factory=os.getpid)
+    _wake: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _sweeper: threading.Thread | None = None
+    _closed: bool = False
+
+    def new_name(self) -> str:
+        """Return a name that no cgroup has. What it begins, ``close`` removes too."""
+        return f"safeconduct-{os.getpid()}-{self._token}-{next(self._numbers)}"
 
     def make(self, limits: Limits) -> Cgroup:
-        """Make a cgroup with the limits set. Raises SandboxFailed where the kernel refuses."""
-        self.sweep()
-        name = f"safeconduct-{os.getpid()}-{self._token}-{next(self._numbers)}"
+        """Make a cgroup with the limits set; from any thread, also ahead of its call.
+
+        Raises SandboxFailed where the kernel refuses.
+        """
+        if len(self._used) > _BACKLOG_MAX:
+            self.sweep(2)
+        name = self.new_name()
         folders = {controller: base / name for controller, base in self.bases.items()}
         made = Cgroup(version=self.version, folders=folders)
-        with self._lock:
-            # Known before it exists: an interrupt may come at any line from here on.
-            self._live.append(made)
+        # Known before it exists: an interrupt may come at any line from here on.
+        self._live[name] = made
         try:
-            for folder in sorted(set(folders.values())):
-                folder.mkdir()
-            for file, value in self._settings(folders, limits):
-                file.write_text(value)
+            with ExitStack() as opened:
+                for folder in sorted({str(folder) for folder in folders.values()}):
+                    os.mkdir(folder)
+                handles = {
+                    controller: _handle(path, opened) for controller, path in folders.items()
+                }
+                self._set(handles, limits)
+                made.accounts.open(self.version, handles, self._missing)
         except OSError as error:
-            self.retire(made)
-            raise SandboxFailed(
-                f"The kernel refused a cgroup limit: {error}.",
-                step="cgroup",
-                errno=error.errno or 0,
-            ) from error
+            self._retire(name, made)
+            raise _refused(error) from error
+        except BaseException:
+            self._retire(name, made)
+            raise
         return made
 
-    def _settings(self, folders: Mapping[str, Path], limits: Limits) -> list[tuple[Path, str]]:
-        memory, pids = folders["memory"], folders["pids"]
-        settings = [(pids / "pids.max", str(limits.pids + _STUB_PIDS))]
+    def narrow(self, cgroup: Cgroup, limits: Limits) -> None:
+        """Set lower limits on a cgroup that was made ahead, before a program runs in it."""
+        try:
+            with ExitStack() as opened:
+                self._set({c: _handle(path, opened) for c, path in cgroup.folders.items()}, limits)
+        except OSError as error:
+            raise _refused(error) from error
+
+    def _set(self, handles: Mapping[str, int], limits: Limits) -> None:
+        memory = str(limits.memory_bytes).encode()
+        settings = [("pids", "pids.max", str(limits.pids + INIT_PIDS).encode())]
         if self.version == 2:
-            settings += [(memory / "memory.max", str(limits.memory_bytes))]
-            swap, oom = memory / "memory.swap.max", memory / "memory.oom.group"
-            return settings + [
-                (file, text) for file, text in ((swap, "0"), (oom, "0")) if file.exists()
-            ]
-        settings += [(memory / "memory.limit_in_bytes", str(limits.memory_bytes))]
-        swap = memory / "memory.memsw.limit_in_bytes"
-        return settings + ([(swap, str(limits.memory_bytes))] if swap.exists() else [])
+            # No swap at all: then `memory.max` is the whole.
+            settings += [("memory", "memory.max", memory), ("memory", "memory.swap.max", b"0")]
+        else:
+            # In this order: memory and swap together are never less than memory alone.
+            settings += [("memory", "memory.limit_in_bytes", memory)]
+            settings += [("memory", "memory.memsw.limit_in_bytes", memory)]
+        for controller, file, value in settings:
+            if file in self._missing:
+                continue
+            try:
+                _write(file, value, handles[controller])
+            except FileNotFoundError:
+                if "sw" not in file:
+                    raise
+                self._missing.add(file)  # a kernel without swap accounting
 
     def retire(self, cgroup: Cgroup) -> None:
-        """Hand back a cgroup whose call is over; it is removed as soon as it is empty."""
-        with self._lock:
-            self._used.append(cgroup)
-            self._live = [one for one in self._live if one is not cgroup]
-        self.sweep()
+        """Hand back a cgroup whose call is over. Does not wait: it is removed soon after."""
+        self._retire(next(iter(cgroup.folders.values())).name, cgroup)
 
-    def sweep(self) -> None:
-        """Try again to remove what was still busy."""
-        with self._lock:
-            busy = [cgroup for cgroup in self._used if not cgroup.remove()]
-            for cgroup in busy:
-                cgroup.kill()
-            self._used = busy
+    def _retire(self, name: str, cgroup: Cgroup) -> None:
+        self._used.append((name, cgroup))
+        if self._sweeper is None:
+            with self._lock:
+                if self._sweeper is None and not self._closed:
+                    self._sweeper = threading.Thread(
+                        target=self._sweep_on, name="safeconduct-cgroups", daemon=True
+                    )
+                    self._sweeper.start()
+        self._wake.set()
+
+    def _sweep_on(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            # Whoever retired it has an answer to give first.
+            time.sleep(_PAUSE_SECONDS)
+            self.sweep(_BATCH)
+            if not self._used and not self._closed:
+                self._wake.clear()
+                if self._used:
+                    self._wake.set()
+
+    def sweep(self, most: int) -> None:
+        """Remove up to ``most`` retired ones now; what is busy is ended and tried again later."""
+        for _ in range(min(most, len(self._used))):
+            try:
+                name, cgroup = self._used.popleft()
+            except IndexError:
+                return
+            if cgroup.remove():
+                self._live.pop(name, None)
+                continue
+            cgroup.kill()
+            self._used.append((name, cgroup))
+
+    def give_way(self, cgroup: Cgroup) -> bool:
+        """Leave a call that computes for long the share of one call, however many tasks it has.
+
+        sched(7), autogroups: each session has a share of its own, and a program makes as many
+        sessions as it likes. False where no cpu controller is delegated.
+        """
+        if self.version == 2:
+            return os.path.exists(f"{cgroup.folders['memory']}/cpu.weight")
+        if self.cpu_base is None or "cpu" in cgroup.folders:
+            return "cpu" in cgroup.folders
+        folder = self.cpu_base / cgroup.folders["memory"].name
+        # Known before it exists, as in `make`.
+        cgroup.folders = {**cgroup.folders, "cpu": folder}
+        try:
+            os.mkdir(folder)
+        except OSError:
+            return False
+        moved: set[int] = set()
+        for _ in range(_MOVES_MAX):
+            new = set(cgroup.members()) - moved
+            if not new:
+                break
+            for pid in new:
+                # ESRCH: it has ended. A stranger that has its number by now would be moved back
+                # by nobody, but loses nothing: the share is that of any session.
+                with suppress(OSError):
+                    _write(f"{folder}/cgroup.procs", b"%d" % pid)
+            moved |= new
+        return True
 
     def close(self) -> None:
-        """Remove everything made here, waiting a bounded time for the kernel."""
-        deadline = time.monotonic() + _REMOVE_SECONDS
+        """Remove everything made here, waiting a bounded time for the kernel.
+
+        In a fork of the process that made them nothing is done: they are that process's own.
+        """
+        if os.getpid() != self._owner_pid:
+            return
         with self._lock:
-            self._used += self._live
-            self._live = []
+            self._closed = True
+            sweeper, self._sweeper = self._sweeper, None
+        self._wake.set()
+        if sweeper is not None:
+            sweeper.join()
+        self._used.clear()
+        self._used.extend(self._live.items())
+        self._used.extend(self._made_for_us())
+        deadline = time.monotonic() + _REMOVE_SECONDS
         while self._used and time.monotonic() < deadline:
-            self.sweep()
-            time.sleep(0.005)
+            self.sweep(len(self._used))
+            if self._used:
+                time.sleep(0.005)
+
+    def _made_for_us(self) -> list[tuple[str, Cgroup]]:
+        """Find what the launcher made under our names and was killed before it removed."""
+        pattern = f"safeconduct-{os.getpid()}-{self._token}-*"
+        found = [folder for base in set(self.bases.values()) for folder in base.glob(pattern)]
+        return [(f.name, Cgroup(version=self.version, folders={"left": f})) for f in found]
 
 
 def discover(
@@ -191,6 +289,8 @@ def discover(
     found = _version_1(own, root) or _version_2(own.get("", "/"), root)
     if found is not None:
         remove_abandoned(found.bases)
+        if found.cpu_base is not None:
+            remove_abandoned({"cpu": found.cpu_base})
     return found
 
 
@@ -202,16 +302,27 @@ def _version_1(own: Mapping[str, str], root: Path) -> Cgroups | None:
         base = root / controller / own[controller].lstrip("/")
         if (base / "cgroup.procs").exists() and os.access(base, os.W_OK):
             bases[controller] = base
-    return Cgroups(1, bases) if {"memory", "pids"} <= bases.keys() else None
+    cpu = root / "cpu" / own.get("cpu", "").lstrip("/")
+    shared = cpu if "cpu" in own and os.access(cpu / "cgroup.procs", os.W_OK) else None
+    return Cgroups(1, bases, shared) if {"memory", "pids"} <= bases.keys() else None
 
 
 def _version_2(own: str, root: Path) -> Cgroups | None:
     """Find the nearest folder above us that is ours to write and hands down both controllers.
 
-    A folder that holds processes cannot hand down controllers ("no internal processes"), so our
-    own cgroup serves only where its parent was delegated to us too, as systemd's user slices are.
+    A folder that holds processes cannot hand down controllers ("no internal processes"). Our own
+    is emptied into a leaf where systemd marked it as delegated, so that its limits bound the calls
+    too, or where nothing above us is ours, as in a container; a desktop's scopes are left alone.
     """
     base = root / own.lstrip("/")
+    if leaf.delegated(base):
+        leaf.make_room(base)
+    return _handing_down(base, root) or (
+        _handing_down(base, root) if leaf.make_room(base) else None
+    )
+
+
+def _handing_down(base: Path, root: Path) -> Cgroups | None:
     for folder in (base, *base.parents):
         if not folder.is_relative_to(root):
             return None
@@ -245,17 +356,21 @@ def _members(procs: Path) -> list[int]:
         return []
 
 
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+def _handle(folder: Path, opened: ExitStack) -> int:
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return fd
 
 
-def _keyed(file: Path, key: str) -> int | None:
+def _write(file: str, value: bytes, at: int | None = None) -> None:
+    fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC, dir_fd=at)
     try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    values = dict(line.split(" ", 1) for line in lines if " " in line)
-    return int(values[key]) if key in values else None
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+
+
+def _refused(error: OSError) -> SandboxFailed:
+    return SandboxFailed(
+        f"The kernel refused a cgroup limit: {error}.", step="cgroup", errno=error.errno or 0
+    )

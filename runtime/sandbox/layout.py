@@ -7,13 +7,13 @@ private scratch folder, the profile's folders at the paths they have outside, an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from glob import glob
 from typing import TypeAlias
 
-from safeconduct.call import Profile, Tier
-from safeconduct.errors import SandboxFailed
+from safeconduct.call import Profile, Tier, WorkspaceMode
+from safeconduct.errors import SandboxFailed, SandboxUnavailable
 
 from .shield import Shield
 
@@ -25,25 +25,38 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 # Configuration without secrets that programs in /usr cannot do without.
 _SYSTEM_FILES = (
     "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
-    "/etc/localtime", "/etc/mime.types", "/etc/ssl/certs", "/etc/ssl/openssl.cnf",
-    "/etc/ca-certificates", "/etc/java-*-openjdk", "/etc/python3*", "/etc/debian_version",
-    "/etc/os-release",
+    "/etc/localtime", "/etc/mime.types", "/etc/ssl/certs", "/etc/java-*-openjdk",
+    "/etc/python3*", "/etc/debian_version", "/etc/os-release",
 )  # fmt: skip
+# Their entries are used by name; a list of them is an inventory of the machine.
+_UNLISTED = frozenset(
+    ("/bin", "/sbin", "/lib", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/local/bin",
+     "/usr/local/sbin"),
+)  # fmt: skip
+# Only the folders in them are granted: what else lies there belongs to no package.
+_PARTED = frozenset(("/usr", "/usr/local", "/usr/share"))
+# Accounts and keys of the host that no program run here reads.
+_MASKED_SYSTEM = ("/usr/share/base-passwd", "/usr/share/keyrings")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _SHM_BYTES = 64 << 20
-_SCRATCH_INODES = 65_536
-_MASKED_FOLDERS = ("sys", "bus", "irq", "fs", "acpi", "scsi", "tty", "driver")
-_MASKED_FILES = (
-    "kcore", "keys", "key-users", "kmsg", "kallsyms", "timer_list", "sched_debug",
-    "sysrq-trigger", "latency_stats", "modules", "slabinfo", "swaps", "mounts.bind",
+_MASKED = (
+    "sys", "bus", "irq", "fs", "acpi", "scsi", "tty", "driver", "kcore", "keys", "key-users",
+    "kmsg", "kallsyms", "timer_list", "sched_debug", "sysrq-trigger", "latency_stats", "modules",
+    "slabinfo", "swaps",
+    # The machine itself: its boot line and devices.
+    "cmdline", "iomem", "ioports", "interrupts", "config.gz", "partitions",
 )  # fmt: skip
+# These tell the processor and the memory; ps(1) wants to open them and is content with nothing.
+_EMPTIED = ("cpuinfo", "meminfo")
 # Landlock cannot grant "my own /proc/PID" to every future process, so tier landlock gets these.
-_PROC_FACTS = ("cpuinfo", "filesystems", "loadavg", "meminfo", "stat", "uptime", "version")
+_PROC_FACTS = ("filesystems", "loadavg", "stat", "uptime", "version")
 _ETC = {
     "/etc/passwd": f"agent:x:{INSIDE_UID}:{INSIDE_UID}:agent:/tmp:/bin/sh\n",
     "/etc/group": f"agent:x:{INSIDE_UID}:\n",
     "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    # Enough for `openssl req -subj`; the host's own file may say more than programs need.
+    "/etc/ssl/openssl.cnf": "[req]\ndistinguished_name = name\n[name]\n",
     # Lets a program of ours find out where it is, whatever its environment claims.
     "/run/safeconduct": "sandbox\n",
 }
@@ -55,20 +68,10 @@ class Layout:
 
     mounts: Sequence[Plan] = ()
     landlock: Sequence[Plan] = ()
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def lay_out(
-    profile: Profile, tier: Tier, *, scratch: str, cwd: str, shield: Shield, mapped: bool
-) -> Layout:
-    """Plan one sandbox. ``mapped`` asks for id-mapped mounts of the profile's folders.
-
-    ``scratch`` is the private folder: a path inside the new root (full) or on the host.
-    Raises SandboxFailed where the profile cannot be shown safely.
-    """
-    granted = [*profile.read, *profile.write]
-    if "/" in granted:
-        raise SandboxFailed("A profile cannot grant the whole file system.", step="layout")
+def environment_of(tier: Tier, scratch: str) -> dict[str, str]:
+    """Return the environment of a program; ``scratch`` is what it calls its private folder."""
     environment = {
         "PATH": ":".join(SEARCH),
         "HOME": scratch,
@@ -82,14 +85,40 @@ def lay_out(
     if tier is Tier.LANDLOCK:
         # Landlock refuses what full does not even show, and git gives up on a refused file.
         environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
-        rules = list(_landlock_alone(profile, scratch, shield))
-        return Layout(landlock=rules, environment=environment)
-    mounts = [*_private(profile, scratch), *_system_mounts()]
-    mounts += _profile_mounts(profile, mapped)
-    mounts += _shield_mounts(shield, mapped)
+        environment |= {"OPENSSL_CONF": "/dev/null"}
+        # As root the workspace belongs to somebody else than the program, and git gives up there.
+        environment |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory"}
+        environment |= {"GIT_CONFIG_VALUE_0": "*"}
+    return environment
+
+
+def lay_out(profile: Profile, tier: Tier, *, cwd: str, shield: Shield, mapped: bool) -> Layout:
+    """Plan the sandboxes of a profile. ``mapped`` asks for id-mapped mounts of its folders.
+
+    Raises SandboxFailed where the profile cannot be shown safely.
+    """
+    granted = [*profile.read, *profile.write]
+    if "/" in granted:
+        raise SandboxFailed("A profile cannot grant the whole file system.", step="layout")
+    overlaid = profile.workspace is WorkspaceMode.OVERLAY
+    if tier is Tier.LANDLOCK:
+        if overlaid:
+            raise SandboxUnavailable(
+                "An overlay workspace needs mounts, which tier landlock does not have.",
+                missing="overlay",
+                hint="Use workspace: direct in this profile, or require: {tier: full}.",
+            )
+        return Layout(landlock=list(_landlock_alone(profile, shield)))
+    if overlaid:
+        # A layer of its own takes every change: what may not be renamed away is so only there.
+        shield = replace(shield, anchors=())
+    private = list(_private(profile))
+    shown = [*_profile_mounts(profile, mapped), *_shield_mounts(shield, mapped)]
+    mounts = [*private, *_system_mounts(), *shown]
     if cwd != "/":
         mounts.append({"kind": "folder", "target": cwd})
-    return Layout(mounts=mounts, landlock=list(_landlock_of(mounts)), environment=environment)
+    rules = [*_landlock_of([*private, *shown]), *_system_rules(tier)]
+    return Layout(mounts=mounts, landlock=rules)
 
 
 def _system() -> Iterator[tuple[str, str]]:
@@ -102,10 +131,28 @@ def _system() -> Iterator[tuple[str, str]]:
             yield os.path.realpath(path), path
 
 
-def _private(profile: Profile, scratch: str) -> Iterator[Plan]:
+def _system_rules(tier: Tier) -> Iterator[Plan]:
+    """Grant what `_system` names in Landlock's words, where folders can stay unlisted."""
+    # In tier full the rules name paths of the new root, otherwise the host's.
+    waiting = [path if tier is Tier.FULL else source for source, path in _system()]
+    while waiting:
+        path = waiting.pop()
+        if path in _MASKED_SYSTEM:
+            continue
+        parted = path in _PARTED and (path != "/usr/share" or tier is Tier.LANDLOCK)
+        if not parted and path not in _UNLISTED:
+            yield {"path": path, "access": "read"}
+            continue
+        if path in _UNLISTED:
+            yield {"path": path, "access": "use"}
+        with os.scandir(path) as entries:
+            waiting += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _private(profile: Profile) -> Iterator[Plan]:
     limits = profile.limits
-    private: Plan = {"kind": "tmpfs", "mode": 0o1777, "inodes": _SCRATCH_INODES, "write": True}
-    yield private | {"target": scratch, "bytes": limits.disk_bytes}
+    private: Plan = {"kind": "tmpfs", "mode": 0o1777, "inodes": limits.inodes}
+    yield private | {"target": "/tmp", "bytes": limits.disk_bytes}  # noqa: S108 - its own
     yield private | {"target": "/dev/shm", "bytes": min(_SHM_BYTES, limits.disk_bytes)}  # noqa: S108
     for name in _DEVICES:
         device = f"/dev/{name}"
@@ -113,10 +160,10 @@ def _private(profile: Profile, scratch: str) -> Iterator[Plan]:
     for name, to in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         yield {"kind": "link", "target": f"/dev/{name}", "to": f"/proc/self/fd{to}"}
     yield {"kind": "proc", "target": "/proc"}
-    for name in _MASKED_FOLDERS:
-        yield _empty_folder(f"/proc/{name}") | {"optional": True}
-    for name in _MASKED_FILES:
-        yield _bind("/dev/null", f"/proc/{name}") | {"optional": True}
+    for name in _MASKED:
+        yield {"kind": "mask", "target": f"/proc/{name}"}
+    for name in _EMPTIED:
+        yield {"kind": "mask", "target": f"/proc/{name}", "empty": True}
 
 
 def _system_mounts() -> Iterator[Plan]:
@@ -125,6 +172,8 @@ def _system_mounts() -> Iterator[Plan]:
             yield {"kind": "link", "target": path, "to": os.readlink(path)}
     for source, target in _system():
         yield _bind(source, target)
+    for path in _MASKED_SYSTEM:
+        yield {"kind": "mask", "target": path}
     for target, text in _ETC.items():
         yield {"kind": "file", "target": target, "text": text}
 
@@ -141,6 +190,13 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
         if not os.path.lexists(path):
             raise SandboxFailed(f"The profile grants {path}, which does not exist.", step="layout")
         shown[path] = write
+        if write and profile.workspace is WorkspaceMode.OVERLAY:
+            limits = profile.limits
+            yield {
+                "kind": "overlay", "source": path, "target": path, "bytes": limits.disk_bytes,
+                "inodes": limits.inodes, "mapped": mapped, "shared": False,
+            }  # fmt: skip
+            continue
         yield _bind(path, path) | {"write": write, "mapped": mapped}
 
 
@@ -151,20 +207,11 @@ def _shield_mounts(shield: Shield, mapped: bool) -> Iterator[Plan]:
     for path in shield.protected:
         yield _bind(path, path) | {"mapped": mapped}
     for path in shield.hidden:
-        if os.path.isdir(path):
-            yield _empty_folder(path)
-        else:
-            yield _bind("/dev/null", path)
+        yield {"kind": "mask", "target": path}
 
 
 def _bind(source: str, target: str) -> Plan:
     return {"kind": "bind", "source": source, "target": target}
-
-
-def _empty_folder(target: str) -> Plan:
-    return {
-        "kind": "tmpfs", "target": target, "bytes": 4096, "inodes": 1, "mode": 0, "write": False,
-    }  # fmt: skip
 
 
 def _landlock_of(mounts: Iterable[Plan]) -> Iterator[Plan]:
@@ -173,24 +220,21 @@ def _landlock_of(mounts: Iterable[Plan]) -> Iterator[Plan]:
         target = str(mount["target"])
         if mount["kind"] == "bind" and mount.get("device"):
             yield {"path": target, "access": "device"}
-        elif mount["kind"] in ("bind", "tmpfs") and not mount.get("optional"):
-            writable = mount.get("write") and mount.get("mode") != 0
-            if mount.get("mode") != 0 and mount.get("source") != "/dev/null":
-                yield {"path": target, "access": "write" if writable else "read"}
-    for path in ("/etc", "/proc", "/run"):
-        yield {"path": path, "access": "read"}
+        elif mount["kind"] in ("bind", "tmpfs", "overlay"):
+            writable = mount["kind"] != "bind" or mount.get("write")
+            yield {"path": target, "access": "write" if writable else "read"}
+    for path, access in (("/etc", "use"), ("/proc", "read"), ("/run", "use")):
+        yield {"path": path, "access": access}
 
 
-def _landlock_alone(profile: Profile, scratch: str, shield: Shield) -> Iterator[Plan]:
+def _landlock_alone(profile: Profile, shield: Shield) -> Iterator[Plan]:
     """Grant by Landlock alone, where hiding and protecting can only mean not granting."""
-    for path, _ in _system():
-        yield {"path": path, "access": "read"}
+    yield from _system_rules(Tier.LANDLOCK)
     for name in _DEVICES:
         yield {"path": f"/dev/{name}", "access": "device"}
     for name in _PROC_FACTS:
         if os.path.exists(f"/proc/{name}"):
             yield {"path": f"/proc/{name}", "access": "read"}
-    yield {"path": scratch, "access": "write"}
     for access, roots, without in (
         ("read", {*profile.read, *profile.write}, shield.hidden),
         ("write", set(profile.write), (*shield.hidden, *shield.protected)),

@@ -19,10 +19,14 @@ LANDLOCK_ABI_FULL = 1
 # Signal and abstract-socket scopes came with ABI 6 (Linux 6.12); tier landlock rests on them.
 LANDLOCK_ABI_ALONE = 6
 
+# Host ids of sandboxes started by root: above every range that distributions and containers hand
+# out (systemd's container ids end at 0x6FFFFFFF), below what a signed 32-bit id allows.
+OWN_ID_FIRST, OWN_ID_COUNT = 0x7000_0000, 0x0F00_0000
+
 _HELP = {
-    Tier.FULL: "Allow user namespaces (sysctl user.max_user_namespaces, and on Ubuntu the AppArmor "
-    "profile that `safeconduct doctor` names), or run as root.",
-    Tier.LANDLOCK: "Tier landlock needs Linux 6.12 or newer with Landlock enabled.",
+    Tier.FULL: "`safeconduct doctor` says what refuses it here and the step that gives it.",
+    Tier.LANDLOCK: "Tier landlock needs Linux 6.12 or newer with Landlock switched on; "
+    "`safeconduct doctor` says what is missing.",
 }
 
 
@@ -45,7 +49,8 @@ class Machine:
             raise SandboxUnavailable(
                 "The policy requires cgroup limits, and no cgroup is delegated to this process.",
                 missing="cgroup",
-                hint="Start it with: systemd-run --user --scope -p Delegate=yes COMMAND",
+                hint="As a user of systemd: systemd-run --user --scope -p Delegate=yes -- COMMAND; "
+                "`safeconduct doctor` says what holds here.",
             )
         for tier in (Tier.FULL, Tier.LANDLOCK):
             if not self.tiers[tier]:
@@ -57,10 +62,17 @@ class Machine:
                     hint=_HELP[tier],
                 )
         raise SandboxUnavailable(
-            "This machine gives no tier: " + " ".join(self.tiers.values()),
+            f"This machine gives no tier. {self._reasons()}",
             missing="tier",
             hint=_HELP[Tier.FULL],
         )
+
+    def _reasons(self) -> str:
+        """Say why each tier is missing, and a reason that both share only once."""
+        reasons = set(self.tiers.values())
+        if len(reasons) == 1:
+            return reasons.pop()
+        return " ".join(f"{tier}: {why}" for tier, why in self.tiers.items())
 
 
 def landlock_shortfall(abi: int, tier: Tier) -> str:
@@ -73,5 +85,27 @@ def landlock_shortfall(abi: int, tier: Tier) -> str:
 
 
 def is_root() -> bool:
-    """Tell whether this process may give sandboxes user ids of their own."""
-    return os.geteuid() == 0
+    """Tell whether this process may give sandboxes user ids of their own.
+
+    Root of a user namespace is not: where the ids are not mapped, setresuid(2) says EINVAL.
+    """
+    return os.geteuid() == 0 and all(
+        maps_own_ids(_read(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")
+    )
+
+
+def maps_own_ids(text: str) -> bool:
+    """Tell whether an id map (user_namespaces(7)) holds every id that sandboxes are given."""
+    for line in text.splitlines():
+        first, _, count = (int(number) for number in line.split())
+        if first <= OWN_ID_FIRST and first + count >= OWN_ID_FIRST + OWN_ID_COUNT:
+            return True
+    return not text
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""  # a kernel without user namespaces: every id is itself

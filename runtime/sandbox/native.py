@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import stat
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 
-from safeconduct.call import Confinement, Held, Limits, Outcome, Profile, Tier, Usage
+from safeconduct.call import (
+    Confinement,
+    Limits,
+    Outcome,
+    Profile,
+    Refused,
+    Tier,
+    WorkspaceMode,
+)
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
-from . import bounds, cgroup, machine, seccomp
-from .capture import GRACE_SECONDS, Capture, Sink, Streams
-from .launcher import Channel, Exit, Launcher, Request
-from .layout import INSIDE_UID, SEARCH, Layout, lay_out
+from . import bounds, cgroup, cgroup_plan, machine, seccomp
+from .capture import Capture, Sink
+from .launcher import Launcher, Template, Waiting, encode
+from .layout import INSIDE_UID, SEARCH, Layout, environment_of, lay_out
+from .pool import AHEAD, Pool, Pools
+from .refused import Refusals
+from .running import Running
 from .scratch import Scratches
 from .shield import Shield
 
-# Host ids of sandboxes started by root: above every range that distributions and containers hand
-# out (systemd's container ids end at 0x6FFFFFFF), below what a signed 32-bit id allows.
-_UID_BASE, _UID_COUNT = 0x7000_0000, 0x0F00_0000
-_START_SECONDS = 20.0
+# Each template made by root takes a block of host ids, one for each sandbox that lives,
+# template.rs LIVING_MAX.
+_ID_BLOCK = 1024
 
 NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
 
@@ -40,57 +51,44 @@ class Program:
     descriptors: Sequence[int] = ()
 
 
-@dataclass(slots=True, kw_only=True)
-class Running:
-    """A sandbox that lives. ``close`` ends its whole process tree and frees what it held."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What native/launcher/src/request.rs calls a Plan; the names are the same."""
 
-    channel: Channel
-    confinement: Confinement
-    limits: Limits
-    _cgroup: cgroup.Cgroup | None
-    _discard: Callable[[], None]
-
-    def outcome(self, call: str, end: Exit, *, stdout: bytes, stderr: bytes, cut: bool) -> Outcome:
-        """Translate the end of the program; read the accounts before ``close``."""
-        charge = self._cgroup.charge() if self._cgroup else cgroup.Charge()
-        usage = Usage(
-            wall_ms=end.wall_us // 1000,
-            cpu_ms=end.cpu_us // 1000 if charge.cpu_ms is None else charge.cpu_ms,
-            peak_memory_bytes=charge.peak_memory_bytes or end.peak_rss_kib * 1024,
-            refused_forks=charge.refused_forks,
-        )
-        return Outcome(
-            call=call,
-            exit_code=end.code,
-            signal=end.signal,
-            stdout=stdout,
-            stderr=stderr,
-            truncated=cut,
-            limit=bounds.limit_of(end, charge, self.limits),
-            usage=usage,
-            confinement=self.confinement,
-        )
-
-    def close(self) -> None:
-        """End the sandbox if it still lives and wait until its processes are gone."""
-        ended = False
-        try:
-            ended = self.channel.drain(GRACE_SECONDS)
-        finally:
-            self.channel.close()
-            self._discard()
-        if not ended:
-            raise SandboxFailed("The sandbox did not end when it was told to.", step="close")
+    layers: Sequence[str]
+    identity: Mapping[str, object]
+    network: str = "shared"
+    mounts: Sequence[Mapping[str, object]] = ()
+    landlock: Sequence[Mapping[str, object]] = ()
+    rlimits: Sequence[Mapping[str, object]] = ()
+    cgroups: Sequence[Mapping[str, object]] = ()
+    name: str = ""
+    scratch: str | None = None
+    late: bool = False
+    explain: bool = False
 
 
 class NativeSandbox:
-    """Starts programs under one tier. Safe to use from several threads."""
+    """Starts programs under one tier. Safe to use from several threads.
 
-    def __init__(self, launcher: Launcher, *, tier: Tier, cgroups: cgroup.Cgroups | None) -> None:
+    ``ahead`` is how many sandboxes of each plan wait for the next calls. A plan is used again
+    for every call with the same profile and shield.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        *,
+        tier: Tier,
+        cgroups: cgroup.Cgroups | None,
+        ahead: int = AHEAD,
+    ) -> None:
         self.tier = Tier(tier)
         self._launcher = launcher
         self._cgroups = cgroups
         self._scratches = Scratches()
+        self._pools = Pools(ahead=ahead)
+        self._confinements: dict[tuple[Limits, bool, bool], Confinement] = {}
 
     def run(
         self,
@@ -101,33 +99,44 @@ class NativeSandbox:
         workspace: str,
         shield: Shield,
         sink: Sink | None = None,
+        explain: bool = False,
     ) -> Outcome:
         """Run ``program`` to its end and return its Outcome; blocks.
 
-        ``sink`` receives output as it comes, within the limit. Raises ToolFailed where there is
-        no such program and SandboxFailed where the sandbox broke; then nothing is left running.
+        ``sink`` receives output as it comes, within the limit. ``explain`` counts what seccomp
+        refuses. Raises ToolFailed where there is no such program and SandboxFailed where the
+        sandbox broke; then nothing is left running.
         """
-        if not program.argv:
-            raise ToolFailed("There is no program to run.", code="tool.not_found")
-        try:
-            streams = Streams(program.stdin)
-        except OSError as error:
-            raise _exhausted(error) from error
-        try:
-            running = self.start(
-                program, profile, workspace=workspace, shield=shield, stdio=streams.given
+        with ExitStack() as held:
+            given: dict[int, int] = dict(enumerate(program.descriptors, start=3))
+            if program.stdin:
+                given[0] = seccomp.memory_file(program.stdin)
+                held.callback(os.close, given[0])
+            running = self._begin(program, profile, workspace, shield, given, explain=explain)
+            held.callback(running.close)
+            capture = Capture(profile.limits.output_bytes, sink)
+            refusals = _Listening(held, profile, self._filter(profile)) if explain else None
+            with closing(running.watch()) as watch:
+                try:
+                    end = capture.follow(
+                        running.channel,
+                        running.streams,
+                        profile.limits.wall_ms,
+                        watch,
+                        arrived=(lambda: refusals.take(running)) if refusals else None,
+                    )
+                except SandboxFailed as error:
+                    raise running.translated(error) from error
+            running.ended = True
+            return running.outcome(
+                call,
+                end,
+                stdout=capture.stdout,
+                stderr=capture.stderr,
+                cut=capture.cut,
+                polled=capture.exceeded,
+                refused=refusals.found() if refusals else (),
             )
-            try:
-                streams.hand_over()
-                capture = Capture(profile.limits.output_bytes, sink)
-                wall_ms = profile.limits.wall_ms
-                end = capture.follow(running.channel, streams.stdout, streams.stderr, wall_ms)
-                stdout, stderr = capture.streams["stdout"], capture.streams["stderr"]
-                return running.outcome(call, end, stdout=stdout, stderr=stderr, cut=capture.cut)
-            finally:
-                running.close()
-        finally:
-            streams.close()
 
     def start(
         self,
@@ -139,121 +148,211 @@ class NativeSandbox:
         stdio: tuple[int, int, int],
     ) -> Running:
         """Start ``program`` on the given stdin, stdout and stderr and return once it executes."""
+        given = dict(enumerate((*stdio, *program.descriptors)))
+        told, tell = os.pipe2(os.O_CLOEXEC)
         try:
-            identity, mapped = _identity(workspace, self.tier)
-            ids = int(str(identity["uid"])), int(str(identity["gid"]))
-            scratch = self._scratches.make(*ids) if self.tier is Tier.LANDLOCK else None
-        except OSError as error:
-            raise _exhausted(error) from error
-        made = None
-        try:
-            layout = lay_out(
-                profile,
-                self.tier,
-                scratch=scratch or "/tmp",  # noqa: S108
-                cwd=program.cwd,
-                shield=shield,
-                mapped=mapped,
-            )
-            made = self._cgroups.make(profile.limits) if self._cgroups else None
-            request = self._request(program, profile.limits, layout, identity, made)
-            channel = self._launcher.start(
-                request,
-                program=seccomp.compile_filter(self.tier),
-                stdio=stdio,
-                extra=program.descriptors,
-            )
-        except OSError as error:
-            self._discard(made, scratch)
-            raise _exhausted(error) from error
-        except BaseException:
-            self._discard(made, scratch)
-            raise
-        running = Running(
-            channel=channel,
-            confinement=self._confinement(made.version if made else None),
-            limits=profile.limits,
-            _cgroup=made,
-            _discard=partial(self._discard, made, scratch),
-        )
-        try:
-            _await_start(channel, program.argv[0])
-        except BaseException:
-            running.close()
-            raise
-        return running
+            try:
+                running = self._begin(
+                    program, profile, workspace, shield, {**given, -1: tell}, ahead=0
+                )
+            finally:
+                os.close(tell)
+            try:
+                running.await_exec(told)
+            except BaseException:
+                running.close()
+                raise
+            return running
+        finally:
+            os.close(told)
 
-    def _discard(self, made: cgroup.Cgroup | None, scratch: str | None) -> None:
-        if self._cgroups and made:
-            self._cgroups.retire(made)
-        if scratch:
-            self._scratches.remove(scratch)
+    def close(self) -> None:
+        """End every waiting sandbox and remove what is left of scratch folders."""
+        self._pools.close()
+        self._scratches.close()
 
-    def _request(
+    def _begin(
         self,
         program: Program,
-        limits: Limits,
+        profile: Profile,
+        workspace: str,
+        shield: Shield,
+        given: Mapping[int, int],
+        *,
+        explain: bool = False,
+        ahead: int | None = None,
+    ) -> Running:
+        """Take a sandbox of the plan and tell it its program."""
+        if not program.argv:
+            raise ToolFailed("There is no program to run.", code="tool.not_found")
+        try:
+            # A template that died takes its waiting sandboxes along; nothing ran in them.
+            for attempt in ("first", "last"):
+                pool = self._reserve(profile, workspace, shield, program.cwd, explain, ahead)
+                try:
+                    return self._take(pool, program, profile, given, watched=ahead is None)
+                except SandboxFailed as error:
+                    if error.step not in ("template", "channel") or attempt == "last":
+                        raise
+            raise SandboxFailed("There is no sandbox.", step="pool")
+        except OSError as error:
+            raise SandboxFailed(
+                f"The sandbox could not be made: {error}.", step="prepare", errno=error.errno or 0
+            ) from error
+
+    def _take(
+        self,
+        pool: Pool,
+        program: Program,
+        profile: Profile,
+        given: Mapping[int, int],
+        *,
+        watched: bool,
+    ) -> Running:
+        waiting: Waiting | None = None
+        try:
+            waiting = pool.take()
+            scratch = self._scratches.path(waiting.scratch)
+            environment = {**environment_of(self.tier, scratch), **program.environment}
+            run = encode(
+                {
+                    "argv": program.argv,
+                    "environment": [f"{name}={value}" for name, value in environment.items()],
+                    "cwd": program.cwd,
+                    "search": SEARCH,
+                    "wall_ms": profile.limits.wall_ms,
+                    "rlimits": (),
+                    "descriptors": list(given),
+                }
+            )
+            waiting.channel.tell(run, list(given.values()))
+        except BaseException as error:
+            if isinstance(error, SandboxFailed) and error.step == "channel":
+                pool.failed = True
+            if waiting is not None:
+                waiting.close()
+            pool.give_back()
+            raise
+        return Running(
+            waiting=waiting,
+            pool=pool,
+            profile=profile,
+            name=program.argv[0],
+            scratch=scratch,
+            scratches=self._scratches,
+            cgroups=self._cgroups,
+            confinement=self._confinement(profile, watched=watched),
+        )
+
+    def _reserve(
+        self,
+        profile: Profile,
+        workspace: str,
+        shield: Shield,
+        cwd: str,
+        explain: bool,
+        ahead: int | None,
+    ) -> Pool:
+        # A folder that is not shown has to be made for a program to start in.
+        shown = any(cwd == root or cwd.startswith(f"{root}/") for root in _roots(profile))
+        granted = tuple(_object(path) for path in (*profile.read, *profile.write))
+        key: Hashable = (
+            profile, shield, workspace, None if shown else cwd, explain, ahead, granted,
+        )  # fmt: skip
+        return self._pools.reserve(
+            key, lambda: self._template(profile, workspace, shield, cwd, explain), ahead=ahead
+        )
+
+    def _template(
+        self, profile: Profile, workspace: str, shield: Shield, cwd: str, explain: bool
+    ) -> Template:
+        identity, mapped = _identity(workspace, self.tier)
+        layout = lay_out(profile, self.tier, cwd=cwd, shield=shield, mapped=mapped)
+        plan = self._plan(profile, layout, identity, explain=explain)
+        program = self._filter(profile, explain=explain)
+        return self._launcher.template(self.tier, asdict(plan), program)
+
+    def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
+        return seccomp.compile_filter(self.tier, profile.syscalls, explain=explain)
+
+    def _plan(
+        self,
+        profile: Profile,
         layout: Layout,
         identity: Mapping[str, object],
-        made: cgroup.Cgroup | None,
-    ) -> Request:
+        *,
+        explain: bool = False,
+    ) -> Plan:
         layers = ["landlock", "seccomp", "capabilities"]
         if self.tier is Tier.FULL:
             layers.append("namespaces")
-        environment = {**layout.environment, **program.environment}
-        return Request(
+        limits = profile.limits
+        name = self._cgroups.new_name() if self._cgroups else secrets.token_hex(4)
+        return Plan(
             layers=layers,
-            argv=program.argv,
-            environment=[f"{name}={value}" for name, value in environment.items()],
-            cwd=program.cwd,
-            search=SEARCH,
             identity=identity,
             mounts=layout.mounts,
             landlock=layout.landlock,
-            rlimits=list(bounds.rlimits(limits, self.tier, in_cgroup=made is not None)),
-            cgroups=made.procs if made else (),
-            wall_ms=limits.wall_ms,
+            rlimits=bounds.rlimits(limits, self.tier, in_cgroup=self._cgroups is not None),
+            cgroups=cgroup_plan.plan(self._cgroups, limits) if self._cgroups else (),
+            name=name,
+            scratch=self._scratches.base if self.tier is Tier.LANDLOCK else None,
+            explain=explain,
         )
 
     def promises(self) -> Confinement:
         """Say what will enforce a program started here."""
-        return self._confinement(self._cgroups.version if self._cgroups else None)
+        return self._confinement(Profile(name="any", write=("/any",)), watched=True)
 
-    def _confinement(self, cgroup_version: int | None) -> Confinement:
-        tree = cgroup_version is not None
+    def _confinement(self, profile: Profile, *, watched: bool) -> Confinement:
+        direct = bool(profile.write) and profile.workspace is WorkspaceMode.DIRECT
+        key = profile.limits, direct, watched
+        found = self._confinements.get(key)
+        if found is None:
+            found = self._confinements[key] = self._promise(*key)
+        return found
+
+    def _promise(self, limits: Limits, direct: bool, watched: bool) -> Confinement:
         layers = [f"landlock-abi{self._launcher.landlock_abi}", "seccomp", "no-capabilities"]
         if self.tier is Tier.FULL:
             layers = [*NAMESPACE_LAYERS, *layers]
-        if cgroup_version is not None:
-            layers.append(f"cgroup-v{cgroup_version}")
+        if self._cgroups is not None:
+            layers.append(f"cgroup-v{self._cgroups.version}")
         if machine.is_root():
             layers.append("own-uid")
-        own_processes = tree or self.tier is Tier.FULL
-        held = {
-            "wall": Held.TREE,
-            "cpu": Held.PROCESS,
-            "memory": Held.TREE if tree else Held.PROCESS,
-            "pids": Held.TREE if own_processes else Held.PROCESS,
-            "files": Held.PROCESS,
-            "disk": Held.PROCESS,
-            "output": Held.TREE,
-        }
+        in_cgroup = self._cgroups is not None
+        held = bounds.held(limits, self.tier, in_cgroup=in_cgroup, direct=direct, watched=watched)
         return Confinement(tier=self.tier, layers=tuple(layers), held=held)
 
 
-def _await_start(channel: Channel, name: str) -> None:
+class _Listening:
+    """Counts what seccomp refuses in one call, once its listener has come."""
+
+    def __init__(self, held: ExitStack, profile: Profile, program: bytes) -> None:
+        self._held, self._profile, self._program = held, profile, program
+        self._refusals: Refusals | None = None
+
+    def take(self, running: Running) -> None:
+        listener, running.channel.listener = running.channel.listener, None
+        if listener is not None and self._refusals is None:
+            self._refusals = Refusals(listener, self._program)
+            self._held.enter_context(self._refusals.start())
+
+    def found(self) -> tuple[Refused, ...]:
+        return self._refusals.found(self._profile.name) if self._refusals else ()
+
+
+def _roots(profile: Profile) -> tuple[str, ...]:
+    return (*profile.read, *profile.write, "/usr", "/tmp")  # noqa: S108 - inside the sandbox
+
+
+def _object(path: str) -> tuple[int, ...]:
+    """Name what is at ``path`` now: a folder that was replaced needs a new plan."""
     try:
-        message = channel.receive(_START_SECONDS)
-    except SandboxFailed as error:
-        if error.code != "sandbox.exec":
-            raise
-        raise ToolFailed(
-            f"Cannot run {name!r} inside the sandbox: {os.strerror(error.errno)}.",
-            code="tool.not_found",
-            errno=error.errno,
-        ) from error
-    if message != "started":
-        raise SandboxFailed("The sandbox ended before it started.", step="channel")
+        status = os.lstat(path)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)
 
 
 def _identity(workspace: str, tier: Tier) -> tuple[Mapping[str, object], bool]:
@@ -261,17 +360,12 @@ def _identity(workspace: str, tier: Tier) -> tuple[Mapping[str, object], bool]:
     if not machine.is_root():
         ids = {"uid": os.geteuid(), "gid": os.getegid(), "inside": INSIDE_UID, "owner": None}
         return ids, False
-    uid = _UID_BASE + secrets.randbelow(_UID_COUNT)
+    block = secrets.randbelow(machine.OWN_ID_COUNT // _ID_BLOCK)
+    uid = machine.OWN_ID_FIRST + block * _ID_BLOCK
     mapped = tier is Tier.FULL
     status = os.stat(workspace)
     owner = (status.st_uid, status.st_gid) if mapped else None
     return {"uid": uid, "gid": uid, "inside": INSIDE_UID, "owner": owner}, mapped
-
-
-def _exhausted(error: OSError) -> SandboxFailed:
-    return SandboxFailed(
-        f"The sandbox could not be made: {error}.", step="prepare", errno=error.errno or 0
-    )
 
 
 def survey(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> machine.Machine:
@@ -289,11 +383,13 @@ def survey(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> machine.Machin
 
 
 def _try(launcher: Launcher, tier: Tier) -> str:
-    sandbox = NativeSandbox(launcher, tier=tier, cgroups=None)
     profile = Profile(name="survey", limits=Limits(wall_ms=10_000))
     program = Program(argv=["true"], cwd="/usr")
-    try:
-        outcome = sandbox.run("survey", program, profile, workspace="/usr", shield=Shield())
-    except (SandboxFailed, SandboxUnavailable, ToolFailed) as error:
-        return error.message
+    with closing(NativeSandbox(launcher, tier=tier, cgroups=None, ahead=0)) as sandbox:
+        try:
+            outcome = sandbox.run("survey", program, profile, workspace="/usr", shield=Shield())
+        except (SandboxFailed, SandboxUnavailable, ToolFailed) as error:
+            return error.message
+    if outcome.signal is not None:
+        return f"A trial program was ended by signal {outcome.signal}."
     return "" if outcome.ok else f"A trial program ended with {outcome.exit_code}."

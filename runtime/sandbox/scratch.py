@@ -17,40 +17,59 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Scratches:
-    """Makes private folders and removes them. Safe to use from several threads."""
+    """The folder that private folders are made in, and the removal of those whose call is over.
+
+    The launcher makes them, so that each belongs to its sandbox's own user. Safe to use from
+    several threads.
+    """
 
     def __init__(self) -> None:
+        self._base: str | None = None
         self._left: list[str] = []
         self._lock = threading.Lock()
 
-    def make(self, uid: int, gid: int) -> str:
-        """Make a folder for one call, owned by ``uid`` where we may give it away."""
+    @property
+    def base(self) -> str:
+        """The folder on the host; made when first asked for. Raises OSError."""
         with self._lock:
-            left, self._left = self._left, []
-        for path in left:
-            with suppress(SandboxFailed):
-                self.remove(path)
-        path = os.path.realpath(tempfile.mkdtemp(prefix="safeconduct-"))
-        try:
-            if os.geteuid() == 0:
-                os.chown(path, uid, gid)
-        except OSError:
-            os.rmdir(path)
-            raise
-        return path
+            if self._base is None:
+                self._base = os.path.realpath(tempfile.mkdtemp(prefix="safeconduct-"))
+                # Sandboxes of root have other users, and have to get to their own folder.
+                os.chmod(self._base, 0o711)  # noqa: S103 - meant: entered, never listed
+            return self._base
 
-    def remove(self, path: str) -> None:
+    def path(self, name: str | None) -> str:
+        """Return what a program calls its private folder."""
+        return "/tmp" if name is None else f"{self.base}/{name}"  # noqa: S108 - a private tmpfs
+
+    def remove(self, name: str | None) -> None:
         """Remove a folder; one that resists (no descriptors left) is tried again later."""
-        try:
-            remove_tree(path)
-        except OSError as error:
-            with self._lock:
-                self._left.append(path)
+        if name is None:
+            return
+        with self._lock:
+            left, self._left = [name, *self._left], []
+        failed: OSError | None = None
+        for one in left:
+            try:
+                remove_tree(self.path(one))
+            except OSError as error:
+                failed = error
+                with self._lock:
+                    self._left.append(one)
+        if failed is not None:
             raise SandboxFailed(
-                f"{path} could not be removed: {error.strerror}.",
+                f"{failed.filename} could not be removed: {failed.strerror}.",
                 step="scratch",
-                errno=error.errno or 0,
-            ) from error
+                errno=failed.errno or 0,
+            ) from failed
+
+    def close(self) -> None:
+        """Remove the folder with all that is left in it."""
+        with self._lock:
+            base, self._base = self._base, None
+        if base is not None:
+            with suppress(OSError):
+                remove_tree(base)
 
 
 def remove_tree(path: str) -> None:

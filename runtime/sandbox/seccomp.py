@@ -3,7 +3,8 @@
 An allow-list: what is not named returns ENOSYS, as on a kernel that never had it (EPERM makes
 programs such as Java give up instead of falling back). Other architectures and x32 are killed.
 Arguments are compared only where they are scalars, never where they point to memory, because
-another thread could change what was checked.
+another thread could change what was checked; and as the 32 bits that the kernel looks at.
+A profile may add a few calls by name (``syscalls.ADDABLE``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache, lru_cache
 from tempfile import TemporaryFile
 from typing import TypeAlias
 
@@ -21,6 +22,9 @@ import pyseccomp as libseccomp
 
 from safeconduct.call import Tier
 from safeconduct.errors import SandboxUnavailable
+from safeconduct.syscalls import why_never
+
+from . import bpf
 
 _FILES = """
     read write close stat fstat lstat newfstatat statx poll ppoll select pselect6 lseek pread64
@@ -88,6 +92,7 @@ _IOCTL_REQUESTS = (
     0x5451, 0x5452, 0x802C542A, 0x80045430, 0x40049409, 0x4020940D, 0x80086601,
 )  # fmt: skip
 _PERSONALITIES = (0, 0xFFFFFFFF)
+_INT = 0xFFFF_FFFF
 _AF_UNIX = 1
 # A pair of datagram sockets (SOCK_RAW is one too, unix(7)) is connected and yet sends to any other
 # address, past the missing socket(2): only kinds that cannot.
@@ -100,19 +105,81 @@ _FCNTL_COMMANDS = (*range(8), 9, 36, 37, 38, *range(1030, 1039))
 _FILE_TYPES = (0, 0o100000, 0o010000)  # mknod(2): regular file (two spellings) and FIFO
 _FILE_TYPE_MASK = 0o170000
 _SET_XATTR = "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+# seccomp(2): the upper half of what a filter returns is the action, the lower one its errno.
+_ACTION, _DATA = 0xFFFF_0000, 0x0000_FFFF
+_RETURN_ERRNO, _RETURN_NOTIFY = 0x0005_0000, 0x7FC0_0000
+# personality(2) ADDR_NO_RANDOMIZE; prctl(2) PR_SET_PTRACER: who may trace the caller.
+_ADDR_NO_RANDOMIZE, _PR_SET_PTRACER = 0x0004_0000, 0x5961_6D61
+# LIMIT: filters kept; a policy has few sets of added calls.
+_FILTERS = 128
+
+
+def compile_filter(tier: Tier, syscalls: Collection[str] = (), *, explain: bool = False) -> bytes:
+    """Compile the filter of a tier to classic BPF, ``struct sock_filter[]`` in native order.
+
+    ``syscalls`` are the calls a profile adds. With ``explain`` every refusal first asks the
+    holder of the filter's listener, who must answer with ``refusal_errno`` (``refused.py``).
+    Raises SandboxUnavailable where libseccomp is missing or refuses, or a call cannot be added.
+    """
+    return _compile(tier, tuple(sorted(set(syscalls))), explain)
+
+
+def digest(tier: Tier, syscalls: Collection[str] = ()) -> str:
+    """Name the compiled filter, for the trace."""
+    return hashlib.sha256(compile_filter(tier, syscalls)).hexdigest()
+
+
+def refusal_errno(action: int) -> int | None:
+    """Return the errno of what a filter returned; None where it is no refusal with one."""
+    return action & _DATA if action & _ACTION == _RETURN_ERRNO else None
 
 
 @cache
-def compile_filter(tier: Tier) -> bytes:
-    """Compile the filter of a tier to classic BPF, ``struct sock_filter[]`` in native order.
+def judged_by_arguments() -> frozenset[str]:
+    """Return the system calls of which some are allowed, by their arguments."""
+    return frozenset(name for _, name, arguments in _rules(Tier.LANDLOCK, ()) if arguments)
 
-    Raises SandboxUnavailable where libseccomp is missing or refuses.
+
+def needs_namespaces() -> frozenset[str]:
+    """Return the system calls that are allowed only in tier full."""
+    return frozenset(_NAMESPACED.split())
+
+
+@lru_cache(maxsize=_FILTERS)
+def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool) -> bytes:
+    for name in syscalls:
+        if reason := why_never(name):
+            raise SandboxUnavailable(
+                f"The system call {name!r} cannot be added to a filter: {reason}.",
+                missing="seccomp",
+                hint="Take it out of the profile's syscalls.",
+            )
+    if explain:
+        return _asking(_compile(tier, syscalls, explain=False))
+    return bpf.shorten(_export(tier, syscalls))
+
+
+def _asking(program: bytes) -> bytes:
+    """Return the program with every refusal turned into a question; killing stays killing.
+
+    INVARIANT: seccomp(2) itself is refused in both, so no later filter can answer instead.
     """
+    return bpf.encode(
+        [
+            one._replace(value=_RETURN_NOTIFY)
+            if one.code == bpf.RETURN and refusal_errno(one.value) is not None
+            else one
+            for one in bpf.decode(program)
+        ]
+    )
+
+
+def _export(tier: Tier, syscalls: tuple[str, ...]) -> bytes:
     try:
         program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
         program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
         program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
-        for action, name, arguments in _rules(tier):
+        for action, name, arguments in _rules(tier, syscalls):
             if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
                 program.add_rule(action, name, *arguments)
         with TemporaryFile() as file:
@@ -127,15 +194,10 @@ def compile_filter(tier: Tier) -> bytes:
         ) from error
 
 
-def digest(tier: Tier) -> str:
-    """Name the compiled filter, for the trace."""
-    return hashlib.sha256(compile_filter(tier)).hexdigest()
-
-
 _Rule: TypeAlias = tuple[int, str, tuple[libseccomp.Arg, ...]]
 
 
-def _rules(tier: Tier) -> Iterator[_Rule]:
+def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[_Rule]:
     allow = libseccomp.ALLOW
     plain = _FILES + _MEMORY + _PROCESSES + _TIME + _MESSAGES
     for name in (plain + (_NAMESPACED if tier is Tier.FULL else "")).split():
@@ -146,24 +208,32 @@ def _rules(tier: Tier) -> Iterator[_Rule]:
     yield allow, "setpriority", () if tier is Tier.FULL else myself
     yield from _files_without_set_id()
     yield allow, "clone", (libseccomp.Arg(0, libseccomp.MASKED_EQ, _NAMESPACE_FLAGS, 0),)
+    seal = libseccomp.Arg(1, libseccomp.MASKED_EQ, _MFD_NOEXEC_SEAL, _MFD_NOEXEC_SEAL)
+    yield allow, "memfd_create", (seal,)
+    yield from _choices()
+    yield libseccomp.ERRNO(errno.EAFNOSUPPORT), "socket", ()
+    for name in _SET_XATTR.split():
+        yield libseccomp.ERRNO(errno.EOPNOTSUPP), name, ()
+    for name in syscalls:
+        yield from _ADDED.get(name, ((allow, name, ()),))
+
+
+def _choices() -> Iterator[_Rule]:
+    """Yield the calls that are many in one: which of them is one argument's value."""
+    allow = libseccomp.ALLOW
     for kind in _SOCKET_KINDS:
         of_kind = libseccomp.Arg(1, libseccomp.MASKED_EQ, _SOCKET_KIND_MASK, kind)
         yield allow, "socketpair", (_equal(0, _AF_UNIX), of_kind)
     for option in _SOCKET_OPTIONS:
         yield allow, "setsockopt", (_equal(1, _SOL_SOCKET), _equal(2, option))
-    for command in _FCNTL_COMMANDS:
-        yield allow, "fcntl", (_equal(1, command),)
-    seal = libseccomp.Arg(1, libseccomp.MASKED_EQ, _MFD_NOEXEC_SEAL, _MFD_NOEXEC_SEAL)
-    yield allow, "memfd_create", (seal,)
-    for option in _PRCTL_OPTIONS:
-        yield allow, "prctl", (_equal(0, option),)
-    for request in _IOCTL_REQUESTS:
-        yield allow, "ioctl", (_equal(1, request),)
-    for persona in _PERSONALITIES:
-        yield allow, "personality", (_equal(0, persona),)
-    yield libseccomp.ERRNO(errno.EAFNOSUPPORT), "socket", ()
-    for name in _SET_XATTR.split():
-        yield libseccomp.ERRNO(errno.EOPNOTSUPP), name, ()
+    for name, position, values in (
+        ("fcntl", 1, _FCNTL_COMMANDS),
+        ("prctl", 0, _PRCTL_OPTIONS),
+        ("ioctl", 1, _IOCTL_REQUESTS),
+        ("personality", 0, _PERSONALITIES),
+    ):
+        for value in values:
+            yield allow, name, (_equal(position, value),)
 
 
 def _files_without_set_id() -> Iterator[_Rule]:
@@ -173,8 +243,8 @@ def _files_without_set_id() -> Iterator[_Rule]:
     """
     for name, mode in (("chmod", 1), ("fchmod", 1), ("fchmodat", 2), ("creat", 1)):
         yield libseccomp.ALLOW, name, (_no_set_id(mode),)
-        for bit in (0o2000, 0o4000):
-            arguments = (libseccomp.Arg(mode, libseccomp.MASKED_EQ, bit, bit),)
+        for bits in (0o2000, 0o4000, 0o6000):
+            arguments = (libseccomp.Arg(mode, libseccomp.MASKED_EQ, _SET_ID_BITS, bits),)
             yield libseccomp.ERRNO(errno.EPERM), name, arguments
     for name, flags in (("open", 1), ("openat", 2)):
         yield libseccomp.ALLOW, name, (_no_set_id(flags + 1),)
@@ -195,7 +265,19 @@ def _no_set_id(position: int) -> libseccomp.Arg:
 
 
 def _equal(position: int, value: int) -> libseccomp.Arg:
-    return libseccomp.Arg(position, libseccomp.EQ, value)
+    # Every argument compared so is an int to the kernel, which does not look at its upper half.
+    # Programs leave signs and rubbish there (musl's ioctl(3) a sign).
+    return libseccomp.Arg(position, libseccomp.MASKED_EQ, _INT, value)
+
+
+# What a name adds where it is not the whole system call, or not it alone.
+_ADDED: Mapping[str, tuple[_Rule, ...]] = {
+    "ptrace": (
+        (libseccomp.ALLOW, "ptrace", ()),
+        (libseccomp.ALLOW, "prctl", (_equal(0, _PR_SET_PTRACER),)),
+    ),
+    "personality": ((libseccomp.ALLOW, "personality", (_equal(0, _ADDR_NO_RANDOMIZE),)),),
+}
 
 
 def memory_file(data: bytes) -> int:

@@ -27,7 +27,8 @@ from safeconduct.errors import LimitExceeded, SandboxFailed, SandboxUnavailable,
 
 from . import wasm_worker
 from .interpreter import base_grants, interpreter
-from .native import NativeSandbox, Program, Running
+from .native import NativeSandbox, Program
+from .running import Running
 from .shield import Shield
 from .wasm_worker import (
     MODULE_BYTES_MAX,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
-from safeconduct.call import Engine, Outcome
+from safeconduct.call import Engine, Json, Outcome
 from safeconduct.errors import SandboxUnavailable
+from safeconduct.runtime.sandbox.bounds import narrow
 from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.shield import Shields
 
 from .task import Task
 
 
-def run(task: Task, sandbox: NativeSandbox, shields: Shields) -> Outcome:
-    """Run ``argv`` in ``cwd`` with ``stdin``, seeing only what the profile shows."""
+def run(task: Task, sandbox: NativeSandbox, shields: Shields, *, explain: bool = False) -> Outcome:
+    """Run ``argv`` in ``cwd`` with ``stdin``, seeing only what the profile shows.
+
+    ``resources`` lowers the profile's limits; it can raise none.
+    """
     if task.profile.engine is not Engine.NATIVE:
         raise SandboxUnavailable(
             f"shell.run needs a native profile, and {task.profile.name} has engine: wasm.",
@@ -22,6 +27,8 @@ def run(task: Task, sandbox: NativeSandbox, shields: Shields) -> Outcome:
             hint="Name a profile with engine: native in the rule.",
         )
     arguments = task.document.arguments
+    hint = cast("Mapping[str, Json]", arguments.get("resources") or {})
+    profile = replace(task.profile, limits=narrow(task.profile.limits, hint))
     program = Program(
         argv=cast("Sequence[str]", arguments["argv"]),
         cwd=str(arguments["cwd"]),
@@ -31,8 +38,9 @@ def run(task: Task, sandbox: NativeSandbox, shields: Shields) -> Outcome:
         return sandbox.run(
             task.call,
             program,
-            task.profile,
+            profile,
             workspace=task.document.workspace,
             shield=shield,
             sink=task.sink,
+            explain=explain,
         )

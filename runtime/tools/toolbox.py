@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from safeconduct.call import Outcome
 from safeconduct.errors import ToolFailed
 from safeconduct.runtime.sandbox.native import NativeSandbox
+from safeconduct.runtime.sandbox.python import PythonEngine
 from safeconduct.runtime.sandbox.shield import Shields
 from safeconduct.runtime.sandbox.wasm import WasmEngine
 
-from . import files, http, shell, wasm
+from . import files, http, python, shell, wasm
+from .function import Functions
 from .task import Task
 
 
@@ -21,7 +23,11 @@ class Toolbox:
 
     native: NativeSandbox
     wasm: WasmEngine
+    python: PythonEngine
     shields: Shields
+    # Count the system calls that programs are refused.
+    explain: bool = False
+    functions: Functions = field(default_factory=Functions)
 
     def run(self, task: Task) -> Outcome:
         """Run a judged Call. Blocks until it is over.
@@ -33,10 +39,14 @@ class Toolbox:
             "fs.read": lambda: files.read(task),
             "fs.list": lambda: files.list_folder(task),
             "fs.write": lambda: files.write(task),
-            "shell.run": lambda: shell.run(task, self.native, self.shields),
+            "shell.run": lambda: shell.run(task, self.native, self.shields, explain=self.explain),
             "http.get": lambda: http.get(task, self.native),
             "wasm.run": lambda: wasm.run(task, self.wasm),
+            "python.run": lambda: python.run(task, self.python, self.shields),
         }
+        function = self.functions.get(task.document.tool)
+        if function is not None:
+            return python.call(task, function, self.python, self.shields)
         run = table.get(task.document.tool)
         if run is None:
             raise ToolFailed(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -42,6 +43,16 @@ class Engine(StrEnum):
     WASM = "wasm"
 
 
+class WorkspaceMode(StrEnum):
+    """How a call's writes reach the workspace.
+
+    ``direct``: at once. ``overlay``: not before somebody commits them (docs/workspace.md).
+    """
+
+    DIRECT = "direct"
+    OVERLAY = "overlay"
+
+
 class Tier(StrEnum):
     """The set of layers that actually enforces a native sandbox on this machine.
 
@@ -54,10 +65,16 @@ class Tier(StrEnum):
 
 
 class Held(StrEnum):
-    """How one limit holds: for the whole process tree, for each process, or not at all."""
+    """How one limit holds.
+
+    ``tree``: the kernel (or the sandbox's own clock) holds the whole process tree to it.
+    ``process``: the kernel holds each process to it. ``polled``: the supervisor looks at intervals
+    and ends the call, so it may be exceeded for that long. ``none``: nothing holds it.
+    """
 
     TREE = "tree"
     PROCESS = "process"
+    POLLED = "polled"
     NONE = "none"
 
 
@@ -113,9 +130,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Upper bounds of one Call. ``None`` means the bound does not apply to the engine.
+    """Upper bounds of one Call. ``None`` means there is no such bound.
 
-    ``disk_bytes`` bounds the private scratch folder and the size of any one written file.
+    ``memory_bytes`` includes swap. ``disk_bytes`` and ``inodes`` bound the private scratch folder
+    and what the call adds to its writable folders, ``depth`` how deep folders nest there;
+    ``file_bytes`` bounds any one written file, and where it is None ``disk_bytes`` does.
+    ``idle_ms`` is how long a call may neither print nor compute.
     """
 
     wall_ms: int = 30_000
@@ -124,8 +144,31 @@ class Limits:
     pids: int = 64
     files: int = 1024
     disk_bytes: int = 256 << 20
+    inodes: int = 65_536
+    depth: int = 256
+    file_bytes: int | None = None
     output_bytes: int = 1 << 20
+    idle_ms: int | None = None
     fuel: int | None = None
+
+
+# What a policy, a call's `resources` and Outcome.limit call each field of Limits.
+LIMIT_FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "wall": "wall_ms",
+        "cpu": "cpu_ms",
+        "memory": "memory_bytes",
+        "pids": "pids",
+        "files": "files",
+        "disk": "disk_bytes",
+        "inodes": "inodes",
+        "depth": "depth",
+        "file": "file_bytes",
+        "output": "output_bytes",
+        "idle": "idle_ms",
+        "fuel": "fuel",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +178,18 @@ class Profile:
     ``read`` and ``write`` are absolute folders or files, each granted with all it holds.
     ``hide`` are glob patterns over absolute paths that stay absent although they lie inside.
     Everything in ``write`` is readable too. There is no network (``net: none``).
+    ``imports`` are modules that Python tools find loaded. ``syscalls`` are the system calls it adds
+    to those that every sandbox has (``safeconduct.syscalls``).
     """
 
     name: str
     engine: Engine = Engine.NATIVE
+    workspace: WorkspaceMode = WorkspaceMode.DIRECT
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+    syscalls: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
 
@@ -165,12 +213,22 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a Call used. ``None`` where this machine does not account for it."""
+    """What the process tree of a Call used. ``None`` where this machine does not account for it.
+
+    ``throttled_ms`` is how long a cpu quota kept it waiting, ``oom_kills`` how many of its
+    processes the kernel ended for memory, ``peak_pids`` the most processes and threads at one
+    time. ``read_bytes`` and ``written_bytes`` went to and from block devices, not caches.
+    """
 
     wall_ms: int = 0
     cpu_ms: int | None = None
+    throttled_ms: int | None = None
     peak_memory_bytes: int | None = None
+    oom_kills: int | None = None
+    peak_pids: int | None = None
     refused_forks: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
     fuel: int | None = None
 
 
@@ -184,12 +242,21 @@ class Confinement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A system call that the kernel filter refused, how often, and what would allow it."""
+
+    syscall: str
+    count: int
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of a Call that ran: its result, exit and use.
 
     ``value`` is the result of a tool we execute ourselves. ``stdout`` and ``stderr`` are raw
     bytes of a program, cut at ``output_bytes`` (then ``truncated``). ``limit`` names the bound
-    that ended the Call, if one did.
+    that ended the Call, if one did. ``refused`` is what seccomp refused, where it was asked for.
     """
 
     call: str
@@ -200,6 +267,7 @@ class Outcome:
     stderr: bytes = b""
     truncated: bool = False
     limit: str | None = None
+    refused: tuple[Refused, ...] = ()
     usage: Usage = field(default_factory=Usage)
     confinement: Confinement = field(default_factory=lambda: Confinement(tier=None))
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import pytest
 
 from safeconduct.call import Limits, Outcome, Profile, Tier
 from safeconduct.runtime.sandbox import cgroup
-from safeconduct.runtime.sandbox.cgroup import Cgroup, Cgroups
-from safeconduct.runtime.sandbox.launcher import Launcher, Request
+from safeconduct.runtime.sandbox.cgroup import Cgroups
+from safeconduct.runtime.sandbox.launcher import Launcher
 from safeconduct.runtime.sandbox.layout import Layout
 from safeconduct.runtime.sandbox.machine import Machine
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.native import NativeSandbox, Plan, Program, survey
 from safeconduct.runtime.sandbox.scratch import remove_tree
 from safeconduct.runtime.sandbox.shield import Shield
 
@@ -92,11 +93,12 @@ def sandbox(
     launcher: Launcher,
     cgroups: cgroup.Cgroups | None,
     machine: Machine,
-) -> NativeSandbox:
+) -> Iterator[NativeSandbox]:
     tier = Tier(request.param)
     if machine.tiers[tier]:
         pytest.skip(f"needs tier {tier}: {machine.tiers[tier]}")
-    return NativeSandbox(launcher, tier=tier, cgroups=cgroups)
+    with closing(NativeSandbox(launcher, tier=tier, cgroups=cgroups)) as one:
+        yield one
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def box(sandbox: NativeSandbox, workspace: Path) -> Box:
     return Box(sandbox, workspace)
 
 
-Change = Callable[[Request], Request]
+Change = Callable[[Plan], Plan]
 
 
 class Weakened(NativeSandbox):
@@ -125,15 +127,15 @@ class Weakened(NativeSandbox):
         super().__init__(launcher, tier=box.tier, cgroups=cgroups)
         self._change = change
 
-    def _request(
+    def _plan(
         self,
-        program: Program,
-        limits: Limits,
+        profile: Profile,
         layout: Layout,
         identity: Mapping[str, object],
-        made: Cgroup | None,
-    ) -> Request:
-        return self._change(super()._request(program, limits, layout, identity, made))
+        *,
+        explain: bool = False,
+    ) -> Plan:
+        return self._change(super()._plan(profile, layout, identity, explain=explain))
 
 
 @pytest.fixture

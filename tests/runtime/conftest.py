@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,11 +90,12 @@ def sandbox(
     launcher: Launcher,
     cgroups: cgroup.Cgroups | None,
     machine: Machine,
-) -> NativeSandbox:
+) -> Iterator[NativeSandbox]:
     tier = Tier(request.param)
     if machine.tiers[tier]:
         pytest.skip(f"needs tier {tier}: {machine.tiers[tier]}")
-    return NativeSandbox(launcher, tier=tier, cgroups=cgroups)
+    with closing(NativeSandbox(launcher, tier=tier, cgroups=cgroups)) as one:
+        yield one
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from safeconduct.call import Tier
 from safeconduct.errors import SandboxFailed, ToolFailed
 from safeconduct.runtime.sandbox.launcher import Launcher
 from safeconduct.runtime.sandbox.native import NativeSandbox
+from safeconduct.runtime.sandbox.pool import AHEAD
 
 if TYPE_CHECKING:
     from conftest import Box
@@ -62,24 +63,49 @@ def held(launcher: Launcher, temporary: Path) -> tuple[list[str], list[str], lis
     theirs = f"/proc/{launcher.pid}/fd"
     # The launcher is not dumpable: only root may look at its descriptors.
     launchers = os.listdir(theirs) if os.geteuid() == 0 else []
-    return os.listdir("/proc/self/fd"), launchers, os.listdir(temporary)
+    private = [name for base in temporary.glob("safeconduct-*") for name in os.listdir(base)]
+    # Folders of sandboxes that wait are theirs, and empty.
+    used = [path for path in private if any(os.scandir(_below(temporary, path)))]
+    return os.listdir("/proc/self/fd"), launchers, used
+
+
+def _below(temporary: Path, name: str) -> Path:
+    return next(base / name for base in temporary.glob("safeconduct-*") if (base / name).exists())
+
+
+def descendants(pid: int) -> int:
+    """Count the processes below ``pid``: templates, inits, stubs, programs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return sum(1 + descendants(int(child)) for child in children)
+
+
+def settled(launcher: Launcher, count: int) -> bool:
+    """Wait a bounded time until so many processes are left."""
+    deadline = time.monotonic() + 5
+    while descendants(launcher.pid) != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return descendants(launcher.pid) == count
 
 
 def test_good_and_failed_calls_leak_nothing(box: Box, launcher: Launcher, temporary: Path) -> None:
-    box.run("true")
-    before = held(launcher, temporary)
-    for _ in range(20):
+    def each_kind() -> None:
         box.run("true")
         with pytest.raises(ToolFailed):
             box.run("no-such-program")
         with pytest.raises(SandboxFailed):
             box.run("true", cwd=f"{box.workspace}/missing")
+
+    each_kind()
+    before = held(launcher, temporary)
+    # One template; two sandboxes wait in it, an init and a stub each.
+    assert settled(launcher, 1 + 2 * AHEAD)
+    for _ in range(20):
+        each_kind()
     assert held(launcher, temporary) == before
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    deadline = time.monotonic() + 2
-    while children.read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert children.read_text() == ""
+    assert settled(launcher, 1 + 2 * AHEAD)
 
 
 @contextmanager
@@ -113,6 +139,7 @@ def test_running_out_of_descriptors_fails_cleanly(
 def test_a_private_folder_made_hostile_is_removed(
     box: Box, launcher: Launcher, temporary: Path
 ) -> None:
+    box.run("true")
     before = held(launcher, temporary)
     code = (
         "cd ~; mkdir -p a/b/c; chmod 000 a/b a; ln -s / root; mkfifo pipe; chmod 000 ~ || true;"
@@ -162,7 +189,8 @@ def test_a_launcher_killed_mid_call_leaves_nothing(box: Box) -> None:
         doomed.run("sh", "-c", f"setsid -f sh -c 'sleep 60; : {marker}'; sleep 60; : {marker}")
     killer.join()
     assert gone(marker)
-    with pytest.raises(SandboxFailed):
-        doomed.run("true")
+    # It is started again: the next call recovers.
+    assert doomed.run("true").ok
+    sandbox.close()
     launcher.close()
     assert box.run("true").ok

@@ -51,15 +51,18 @@ def test_what_could_not_be_removed_is_tried_again(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     scratches = Scratches()
-    first = scratches.make(os.getuid(), os.getgid())
+    for name in ("first", "second"):
+        os.mkdir(f"{scratches.base}/{name}")
     real = scratch.remove_tree
 
     def fail(path: str) -> None:
-        raise OSError(24, "Too many open files")
+        raise OSError(24, "Too many open files", path)
 
     monkeypatch.setattr(scratch, "remove_tree", fail)
     with pytest.raises(SandboxFailed):
-        scratches.remove(first)
+        scratches.remove("first")
     monkeypatch.setattr(scratch, "remove_tree", real)
-    second = scratches.make(os.getuid(), os.getgid())
-    assert os.listdir(tmp_path) == [os.path.basename(second)]
+    scratches.remove("second")
+    assert os.listdir(scratches.base) == []
+    scratches.close()
+    assert os.listdir(tmp_path) == []

@@ -1,7 +1,7 @@
 //! Step "confine": Landlock rules and resource limits; seccomp goes last, in `init.rs`.
 
-use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use landlock::{
     Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
@@ -12,38 +12,86 @@ use rustix::io::Errno;
 
 use crate::report::{Failure, Step};
 use crate::request::{Access, Rlimit, RlimitName, Rule};
-use crate::sys;
+use crate::{root, sys};
 
 /// The newest ABI whose rights we know; an older kernel gets the subset it has. The supervisor
 /// has compared the kernel's ABI (told in `Hello`) with what the tier requires beforehand.
 const KNOWN: ABI = ABI::V6;
 
-/// Build the ruleset: everything is denied but the listed paths; no TCP; no abstract sockets or
-/// signals across the border.
-pub fn ruleset(rules: &[Rule]) -> Result<RulesetCreated, Failure> {
-    let mut created = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(KNOWN))
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(KNOWN)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(KNOWN)))
-        .and_then(Ruleset::create)
-        .map_err(refused)?;
-    for rule in rules {
-        let (object, folder) = open(&rule.path)?;
-        let mut rights = rights(rule.access);
-        if !folder {
-            rights &= AccessFs::from_file(KNOWN);
-        }
-        created = created
-            .add_rule(PathBeneath::new(object, rights))
-            .map_err(refused)?;
+/// The rules of a plan, their objects opened as far as all of its sandboxes share them.
+pub struct Rules<'a> {
+    rules: &'a [Rule],
+    opened: Vec<Option<(OwnedFd, bool)>>,
+}
+
+impl<'a> Rules<'a> {
+    /// Open what does not lie in one of the `private` places.
+    pub fn open(rules: &'a [Rule], private: &[OsString]) -> Result<Self, Failure> {
+        let shared = |rule: &Rule| !private.iter().any(|place| root::inside(&rule.path, place));
+        let opened = rules
+            .iter()
+            .map(|rule| shared(rule).then(|| open(&rule.path)).transpose())
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { rules, opened })
     }
-    Ok(created)
+
+    /// The descriptors it works with.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        let opened = self.opened.iter().flatten();
+        opened.map(|(object, _)| object.as_raw_fd())
+    }
+
+    /// Build the ruleset of one sandbox: everything is denied but the rules, the `late` ones and
+    /// what lies in `scratch`; no TCP; no abstract sockets or signals across the border.
+    pub fn ruleset(&self, late: &[Rule], scratch: Option<&OwnedFd>) -> Result<OwnedFd, Failure> {
+        let mut created = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(KNOWN))
+            .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(KNOWN)))
+            .and_then(|ruleset| ruleset.scope(Scope::from_all(KNOWN)))
+            .and_then(Ruleset::create)
+            .map_err(refused)?;
+        for (rule, opened) in self.rules.iter().zip(&self.opened) {
+            created = match opened {
+                Some((object, folder)) => add(created, object, *folder, rule.access)?,
+                None => add_rule(created, rule)?,
+            };
+        }
+        for rule in late {
+            created = add_rule(created, rule)?;
+        }
+        if let Some(folder) = scratch {
+            created = add(created, folder, true, Access::Write)?;
+        }
+        let made: Option<OwnedFd> = created.into();
+        made.ok_or(Failure::new("landlock not enforced", Errno::OPNOTSUPP))
+    }
+}
+
+fn add_rule(created: RulesetCreated, rule: &Rule) -> Result<RulesetCreated, Failure> {
+    let (object, folder) = open(&rule.path)?;
+    add(created, &object, folder, rule.access)
+}
+
+fn add(
+    created: RulesetCreated,
+    object: &OwnedFd,
+    folder: bool,
+    access: Access,
+) -> Result<RulesetCreated, Failure> {
+    let mut rights = rights(access);
+    if !folder {
+        rights &= AccessFs::from_file(KNOWN);
+    }
+    created
+        .add_rule(PathBeneath::new(object, rights))
+        .map_err(refused)
 }
 
 fn rights(access: Access) -> BitFlags<AccessFs> {
     match access {
         Access::Read => AccessFs::from_read(KNOWN),
+        Access::Use => AccessFs::from_read(KNOWN) & !AccessFs::ReadDir,
         Access::Write => {
             AccessFs::from_all(KNOWN)
                 & !(AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev)
@@ -64,24 +112,15 @@ fn open(path: &OsStr) -> Result<(OwnedFd, bool), Failure> {
     Ok((object, folder))
 }
 
-/// Restrict this process and its children. Can be stacked: each layer only takes away.
-pub fn restrict(ruleset: &RulesetCreated) -> Result<(), Failure> {
-    let copy = ruleset
-        .try_clone()
-        .map_err(|_| Failure::new("copy landlock ruleset", Errno::MFILE))?;
-    let status = copy.restrict_self().map_err(refused)?;
-    if status.ruleset == landlock::RulesetStatus::NotEnforced {
-        return Err(Failure::new("landlock not enforced", Errno::OPNOTSUPP));
-    }
-    Ok(())
-}
-
 fn refused(error: impl std::fmt::Display) -> Failure {
     Failure::new(format!("landlock: {error}"), Errno::INVAL)
 }
 
-pub fn limits(limits: &[Rlimit]) -> Result<(), Failure> {
-    for bound in limits {
+/// Bound the resources of this process and its children, except the number of descriptors where
+/// `descriptors` says that they are not in place yet.
+pub fn limits(limits: &[Rlimit], descriptors: bool) -> Result<(), Failure> {
+    let is_files = |bound: &&Rlimit| bound.name == RlimitName::Nofile;
+    for bound in limits.iter().filter(|bound| is_files(bound) == descriptors) {
         let resource = match bound.name {
             RlimitName::Core => libc::RLIMIT_CORE,
             RlimitName::Cpu => libc::RLIMIT_CPU,

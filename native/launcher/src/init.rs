@@ -1,213 +1,189 @@
-//! Step "init": the first process of a sandbox. It builds the walls around itself, starts the
-//! program inside them, and ends the whole tree when the program ends, the wall limit passes, or
-//! whoever asked for it is gone.
+//! Step "init": the first process of a sandbox. It finishes the walls around itself, makes the stub
+//! that becomes the program, and ends the whole tree when the program ends, the wall limit passes,
+//! or whoever asked for it is gone.
 //!
 //! Order of confinement (each step still needs what the next one takes away):
-//! cgroup → private root → hostname → stop being root → user namespace → Landlock ruleset opened
-//! → capabilities, no_new_privs → fork → rlimits → cwd → Landlock → seccomp → execve.
+//! cgroup → private mounts (in a late sandbox also those of the call) → stop being root → user
+//! namespace → Landlock ruleset → no capabilities, no_new_privs → stub → rlimits → Landlock →
+//! seccomp → here the stub waits for its program → execve.
 
-use std::ffi::OsStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use landlock::RulesetCreated;
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Signal, WaitOptions};
+use rustix::time::{TimerfdClockId, TimerfdFlags};
 
 use crate::report::{self, Exit, Failure, Message, Step};
-use crate::request::{Job, Layer};
-use crate::{confine, identity, program, root, sys};
+use crate::request::{Bind, Layer, Rule};
+use crate::template::{Birth, Template};
+use crate::{account, identity, program, receive, request, root, sys};
 
-/// LIMIT: how long a stub may take to become the program.
-const EXEC_TIMEOUT: Duration = Duration::from_secs(15);
-/// LIMIT: the longest wall limit, a year, so that the deadline can be computed.
-const WALL_MS_MAX: u64 = 365 * 24 * 3600 * 1000;
-
-/// What the parent already decided for this sandbox before it cloned.
-pub struct Setting {
-    pub as_root: bool,
-    pub mapping: Option<OwnedFd>,
-    /// Read end of a pipe whose write end only the launcher holds.
-    pub lifeline: OwnedFd,
+/// What init and stub share.
+pub struct Sandbox<'a> {
+    pub template: &'a Template<'a>,
+    pub birth: &'a Birth,
+    /// Armed by the stub with the wall limit of its program.
+    pub timer: OwnedFd,
+    pub ruleset: Option<OwnedFd>,
 }
 
 /// Run as the first process of a new sandbox. Never returns.
-pub fn run(job: &Job, setting: &Setting) -> ! {
-    let message = match live(job, setting) {
-        Ok(exit) => Message::Exited(exit),
+pub fn run(template: &Template, birth: &Birth) -> ! {
+    let code = match live(template, birth) {
+        Ok(exit) => {
+            report::send(&birth.channel, &Message::Exited(exit));
+            0
+        }
         Err(failure) => {
-            report::send(&job.channel, &Message::Failed(&failure));
-            sys::leave(1);
+            report::send(&birth.channel, &Message::Failed(&failure));
+            1
         }
     };
-    report::send(&job.channel, &message);
-    sys::leave(0)
+    sys::leave(code)
 }
 
-fn live(job: &Job, setting: &Setting) -> Result<Exit, Failure> {
-    drop_descriptors(job, setting)?;
-    let ruleset = build_walls(job, setting)?;
-    let events = sys::child_events().step("signalfd")?;
-    let begun = Instant::now();
-    let (told, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("pipe")?;
-    let Some(program) = sys::clone_into(0).step("fork program")? else {
-        program::become_program(job, ruleset.as_ref(), &tell);
+fn live(template: &Template, birth: &Birth) -> Result<Exit, Failure> {
+    let plan = template.plan;
+    template.keep_only(birth)?;
+    birth.cgroups.join()?;
+    let accounts = birth.cgroups.accounts(&plan.cgroups);
+    let ruleset = if plan.has(Layer::Namespaces) {
+        build_walls(template, birth)?
+    } else {
+        join_outer_domain(template, birth)?
     };
-    drop(tell);
-    if let Some(failure) = wait_exec(&told, job, setting) {
-        end_tree();
-        return Err(failure);
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags).step("timer")?;
+    let sandbox = Sandbox {
+        template,
+        birth,
+        timer,
+        ruleset,
+    };
+    let events = sys::child_events().step("signalfd")?;
+    // Suspended until the stub has become the program or is gone: it costs no memory of its own,
+    // and execve(2) has none to tear down. Until then the stub watches for us.
+    let program = sys::clone_sharing(&mut || program::run(&sandbox)).step("fork stub")?;
+    // Our copies would keep the supervisor from seeing the end of the program's output.
+    for fd in [&birth.stdout, &birth.stderr] {
+        sys::place(template.null.as_raw_fd(), fd.as_raw_fd()).step("close output")?;
     }
-    report::send(&job.channel, &Message::Started);
-    Ok(watch(job, setting, &events, program, begun))
+    Ok(sandbox.watch(&events, program, &accounts))
 }
 
-/// Forget everything inherited from the launcher but what this sandbox was given.
-fn drop_descriptors(job: &Job, setting: &Setting) -> Result<(), Failure> {
-    // 0 to 2 stay taken, so that nothing opened from here on gets a number the program is given.
-    let mut keep: Vec<RawFd> = vec![
-        0,
-        1,
-        2,
-        job.channel.as_raw_fd(),
-        setting.lifeline.as_raw_fd(),
-    ];
-    keep.extend(job.stdio.iter().map(AsRawFd::as_raw_fd));
-    keep.extend(job.extra.iter().map(AsRawFd::as_raw_fd));
-    keep.extend(setting.mapping.iter().map(AsRawFd::as_raw_fd));
-    sys::close_all_but(&keep).step("close inherited descriptors")?;
-    let taken = 3 + RawFd::try_from(job.extra.len()).unwrap_or(RawFd::MAX);
-    while sys::lift(0, 3).step("reserve descriptor")? < taken {}
-    Ok(())
-}
-
-fn build_walls(job: &Job, setting: &Setting) -> Result<Option<RulesetCreated>, Failure> {
-    let request = &job.request;
-    let has = |layer| request.layers.contains(&layer);
-    let namespaces = has(Layer::Namespaces);
-    if namespaces && !setting.as_root {
-        identity::map_self(&request.identity)?;
+/// Finish the root, enter the user namespace, give up all privilege.
+fn build_walls(template: &Template, birth: &Birth) -> Result<Option<OwnedFd>, Failure> {
+    let plan = template.plan;
+    sys::unshare(libc::CLONE_NEWCGROUP).step("cgroup namespace")?;
+    let mut late: Vec<Rule> = Vec::new();
+    if let Some(root) = &template.root {
+        let mapping = birth.mapping.as_ref().map(AsFd::as_fd);
+        root.finish(plan, mapping, birth.channel.as_fd())?;
+        if plan.late {
+            let received = receive::datagram(&birth.channel)?;
+            let (inline, mut trees) = received.ok_or(Failure::protocol("no bind"))?;
+            let bind: Bind = request::document(&inline, &mut trees)?;
+            root.bind(&bind.mounts, trees)?;
+            late = bind.landlock;
+        }
     }
-    for procs in &request.cgroups {
-        join_cgroup(procs)?;
-    }
-    if namespaces {
-        sys::unshare(libc::CLONE_NEWCGROUP).step("cgroup namespace")?;
-        root::enter(&request.mounts, setting.mapping.as_ref().map(AsFd::as_fd))?;
-        rustix::system::sethostname(b"safeconduct").step("sethostname")?;
-    }
-    if setting.as_root {
-        if has(Layer::Capabilities) && !namespaces {
-            // Only root may; a user namespace made below would bring a full set of its own.
+    if template.as_root {
+        if plan.has(Layer::Capabilities) {
             sys::drop_bounding_set().step("bounding set")?;
         }
-        identity::switch(&request.identity)?;
-        if namespaces {
-            sys::unshare(libc::CLONE_NEWUSER).step("user namespace")?;
-            identity::map_self(&request.identity)?;
-        }
+        identity::switch(birth.uid, birth.gid)?;
     }
-    let ruleset = has(Layer::Landlock)
-        .then(|| confine::ruleset(&request.landlock))
+    sys::unshare(libc::CLONE_NEWUSER).step("user namespace")?;
+    identity::map_self(&template.proc, plan.identity.inside, birth.uid, birth.gid)?;
+    let ruleset = plan
+        .has(Layer::Landlock)
+        .then(|| template.rules.ruleset(&late, None))
         .transpose()?;
-    identity::renounce(has(Layer::Capabilities))?;
-    if namespaces {
-        // Credential changes clear it, so it is set last, prctl(2) PR_SET_PDEATHSIG.
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
-    } else {
-        // Without a pid namespace the tree is held by adoption and by a Landlock signal scope:
-        // this process joins the outer domain, the program gets a second one nested in it, so
-        // that we can signal the program and the program cannot signal us.
-        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).step("subreaper")?;
-        if let Some(ruleset) = &ruleset {
-            confine::restrict(ruleset)?;
-        }
-    }
+    identity::renounce(plan.has(Layer::Capabilities))?;
+    // Credential changes clear it, so it is set last, prctl(2) PR_SET_PDEATHSIG.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
     Ok(ruleset)
 }
 
-fn join_cgroup(procs: &OsStr) -> Result<(), Failure> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(procs, flags, Mode::empty()).step_on("open", procs)?;
-    // "0" is the writing process, whatever its pid namespace calls it, cgroups(7).
-    rustix::io::write(&file, b"0").step_on("join", procs)?;
-    Ok(())
-}
-
-/// Wait for execve(2): its success closes the pipe without a word. `None` is success.
-fn wait_exec(told: &OwnedFd, job: &Job, setting: &Setting) -> Option<Failure> {
-    let mut polled = [
-        PollFd::new(told, PollFlags::IN),
-        PollFd::new(&job.channel, PollFlags::IN),
-        PollFd::new(&setting.lifeline, PollFlags::IN),
-    ];
-    let timeout = Timespec::try_from(EXEC_TIMEOUT).ok();
-    match rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, timeout.as_ref())) {
-        Ok(_) if !polled[0].revents().is_empty() => {}
-        // A file system that does not answer, or nobody waits for this call any more.
-        Ok(_) => return Some(Failure::new("wait for exec", Errno::TIMEDOUT)),
-        Err(errno) => return Some(Failure::new("wait for exec", errno)),
-    }
-    let mut bytes = [0_u8; 8192];
-    match rustix::io::retry_on_intr(|| rustix::io::read(told, &mut bytes)) {
-        Ok(0) => None,
-        Ok(count) => Some(
-            serde_json::from_slice(&bytes[..count])
-                .map(|(step, errno)| Failure { step, errno })
-                .unwrap_or(Failure::protocol("unreadable reason")),
-        ),
-        Err(errno) => Some(Failure::new("wait for exec", errno)),
-    }
-}
-
-/// Watch the program until it ends, time is up, or supervisor or launcher are gone.
-fn watch(job: &Job, setting: &Setting, events: &OwnedFd, program: i32, begun: Instant) -> Exit {
-    let deadline = begun + Duration::from_millis(job.request.wall_ms.min(WALL_MS_MAX));
-    let mut exit = Exit::default();
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).ok();
-        let mut polled = [
-            PollFd::new(events, PollFlags::IN),
-            PollFd::new(&job.channel, PollFlags::IN),
-            PollFd::new(&setting.lifeline, PollFlags::IN),
-        ];
-        let ready = rustix::event::poll(&mut polled, timeout.as_ref());
-        let gone = !polled[1].revents().is_empty() || !polled[2].revents().is_empty();
-        drain(events);
-        if let Some(status) = reap(program) {
-            (exit.code, exit.signal) = status;
-            break;
+/// Without a pid namespace the tree is held by adoption and by a Landlock signal scope: this
+/// process joins the outer domain, the program gets a second one nested in it, so that we can
+/// signal the program and the program cannot signal us.
+fn join_outer_domain(template: &Template, birth: &Birth) -> Result<Option<OwnedFd>, Failure> {
+    let plan = template.plan;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).step("subreaper")?;
+    let ruleset = template.rules.ruleset(&[], birth.scratch.as_ref())?;
+    if template.as_root {
+        if plan.has(Layer::Capabilities) {
+            sys::drop_bounding_set().step("bounding set")?;
         }
-        exit.wall_limit = ready == Ok(0);
-        if exit.wall_limit || gone {
-            break;
-        }
+        identity::switch(birth.uid, birth.gid)?;
     }
-    end_tree();
-    (exit.cpu_us, exit.peak_rss_kib) = sys::children_usage();
-    exit.wall_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-    exit
+    identity::renounce(plan.has(Layer::Capabilities))?;
+    sys::restrict(ruleset.as_fd()).step("landlock")?;
+    // No death signal: the lifeline tells, and then the tree is ended before us.
+    Ok(Some(ruleset))
 }
 
-fn drain(events: &OwnedFd) {
-    let mut buffer = [0_u8; 1024];
-    while rustix::io::read(events, &mut buffer).is_ok() {}
+impl Sandbox<'_> {
+    /// Watch the program until it ends, time is up, or supervisor or launcher are gone.
+    fn watch(&self, events: &OwnedFd, program: i32, accounts: &[Option<OwnedFd>]) -> Exit {
+        let mut exit = Exit::default();
+        let hangup = PollFlags::RDHUP;
+        loop {
+            let mut polled = [
+                PollFd::new(events, PollFlags::IN),
+                PollFd::new(&self.timer, PollFlags::IN),
+                PollFd::new(&self.birth.channel, hangup),
+                PollFd::new(&self.template.lifeline, PollFlags::IN),
+            ];
+            let _ = rustix::event::poll(&mut polled, None);
+            let time_is_up = !polled[1].revents().is_empty();
+            let gone = !polled[2].revents().is_empty() || !polled[3].revents().is_empty();
+            receive::drain(events);
+            let (ended, alone) = reap(program);
+            if let Some(status) = ended {
+                (exit.code, exit.signal) = status;
+                if !alone {
+                    end_tree();
+                }
+                break;
+            }
+            exit.wall_limit = time_is_up;
+            if time_is_up || gone {
+                end_tree();
+                break;
+            }
+        }
+        exit.wall_us = program::running_us(&self.timer);
+        let usage = sys::children_usage();
+        exit.cpu_us = usage.cpu_us;
+        exit.peak_rss_kib = usage.peak_rss_kib;
+        exit.read_bytes = usage.read_bytes;
+        exit.written_bytes = usage.written_bytes;
+        exit.full = root::full(self.template.plan);
+        exit.accounts = account::read(accounts);
+        exit
+    }
 }
 
 type Status = (Option<i32>, Option<i32>);
 
-/// Collect every dead child; say how `program` ended once it is among them.
-fn reap(program: i32) -> Option<Status> {
+/// Collect every dead child; say how `program` ended once it is among them, and whether nothing
+/// else is left: all that it ever started are children of ours by then.
+fn reap(program: i32) -> (Option<Status>, bool) {
     let mut ended = None;
-    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-        if pid.as_raw_nonzero().get() == program {
-            ended = Some((status.exit_status(), status.terminating_signal()));
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some((pid, status))) => {
+                if pid.as_raw_nonzero().get() == program {
+                    ended = Some((status.exit_status(), status.terminating_signal()));
+                }
+            }
+            Err(rustix::io::Errno::CHILD) => return (ended, true),
+            Ok(None) => return (ended, false),
+            Err(_) => {}
         }
     }
-    ended
 }
 
 /// Kill all that is left and wait until the kernel says there are no children.
@@ -215,7 +191,7 @@ fn end_tree() {
     loop {
         sys::kill_everything();
         match rustix::process::wait(WaitOptions::empty()) {
-            Err(Errno::CHILD) => return,
+            Err(rustix::io::Errno::CHILD) => return,
             _ => continue,
         }
     }

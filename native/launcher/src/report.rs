@@ -1,13 +1,18 @@
 //! Step "report": what the supervisor is told, one JSON datagram at a time.
 
 use std::ffi::OsStr;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Serialize;
 
 /// LIMIT: characters of a subject in a report; a message must fit into one datagram.
 const SUBJECT_MAX: usize = 4096;
+/// LIMIT: descriptors sent along with one message.
+const DESCRIPTORS_MAX: usize = 16;
 
 /// The step that failed and the kernel's reason. No sandbox survives a failure.
 #[derive(Debug, Serialize)]
@@ -56,8 +61,20 @@ impl<T> Step<T> for Result<T, Errno> {
 pub enum Message<'a> {
     /// Sent once by a launcher that is ready.
     Hello { version: u32, landlock_abi: i32 },
-    /// The program replaced the stub: execve(2) succeeded.
-    Started,
+    /// Sent once by a template that is ready; with the layer its sandboxes share, if they do.
+    Template { shared: bool },
+    /// A new sandbox: its channel, the read ends of its stdout and stderr, its cgroups' folders.
+    Sandbox {
+        number: u64,
+        uid: u32,
+        scratch: Option<&'a str>,
+    },
+    /// Clones of mounts, in the order asked.
+    Clones,
+    /// The private writable layer of an overlay.
+    Layer,
+    /// The listener that tells of refused system calls, `seccomp_unotify(2)`.
+    Listener,
     /// Nothing of the call ran, or all of it is gone.
     Failed(&'a Failure),
     /// The whole process tree is gone.
@@ -74,12 +91,33 @@ pub struct Exit {
     pub wall_us: u64,
     pub cpu_us: u64,
     pub peak_rss_kib: u64,
+    /// To and from block devices, not caches.
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    /// What of a private tmpfs was used up in the end: "disk" or "inodes".
+    pub full: Option<&'static str>,
+    /// Content of each account of the plan's cgroups, in order; empty where unreadable.
+    pub accounts: Vec<String>,
 }
 
 /// Send one message. A supervisor that is gone is not an error: its silence already means "stop".
 pub fn send(channel: impl AsFd, message: &Message) {
+    send_with(channel, message, &[]);
+}
+
+/// Send one message and copies of descriptors along with it.
+pub fn send_with(channel: impl AsFd, message: &Message, descriptors: &[BorrowedFd]) {
     let Ok(bytes) = serde_json::to_vec(message) else {
         return;
     };
-    let _ = rustix::net::send(channel, &bytes, rustix::net::SendFlags::NOSIGNAL);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return;
+    }
+    let data = [IoSlice::new(&bytes)];
+    let flags = SendFlags::NOSIGNAL;
+    let _ = rustix::io::retry_on_intr(|| {
+        rustix::net::sendmsg(&channel, &data, &mut ancillary, flags)
+    });
 }

@@ -1,9 +1,10 @@
-//! Step "root": an empty root file system that holds only what the request grants.
+//! Step "root": a root file system that holds only what the plan grants.
 //!
-//! Sources and targets are opened without following any symbolic link: an earlier call may have
-//! replaced a granted folder by a link to somewhere else.
+//! A template builds it once; each sandbox gets a copy of the mount namespace and finishes what is
+//! private to it. Sources and targets are opened without following any symbolic link: an earlier
+//! call may have replaced a granted folder by a link to somewhere else.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
@@ -14,32 +15,209 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags,
 };
 
-use crate::report::{Failure, Step};
-use crate::request::Mount;
-use crate::sys;
+use crate::report::{self, Failure, Message, Step};
+use crate::request::{Mount, Plan};
+use crate::{account, identity, overlay, sys};
 
 /// Where the new root is put together. It only has to exist; the mount covers it in our own
 /// mount namespace, after every source has been opened.
-const STAGE: &str = "/tmp";
-const STAGE_OPTIONS: &std::ffi::CStr = c"mode=0755,size=1m,nr_inodes=8192";
+const SITE: &str = "/tmp";
+const ROOT_OPTIONS: &std::ffi::CStr = c"mode=0755,size=1m,nr_inodes=8192";
+/// Sources wait here, by the number of their mount, until a sandbox attaches its own clones.
+pub const STAGE: &str = "/.stage";
+const EMPTY: &str = "/.stage/empty";
+const NOTHING: &str = "/.stage/nothing";
 
-/// Build the new root and make it ours. The caller is alone in a new mount namespace.
-pub fn enter(mounts: &[Mount], mapping: Option<BorrowedFd>) -> Result<(), Failure> {
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private).step("private mounts")?;
-    let prepared = mounts
-        .iter()
-        .map(|mount| prepare(mount, mapping))
-        .collect::<Result<Vec<_>, _>>()?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    rustix::mount::mount("tmpfs", STAGE, "tmpfs", flags, STAGE_OPTIONS).step("mount root")?;
-    let mut root = Root::new(open_path(CWD, STAGE, ResolveFlags::empty()).step("open root")?)?;
-    for (mount, tree) in mounts.iter().zip(prepared) {
-        root.attach(mount, tree)?;
+/// Enter a user and a mount namespace of our own, where an ordinary user may mount.
+pub fn own_namespaces() -> Result<(), Failure> {
+    if identity::is_root() {
+        return Ok(());
     }
-    let fd = root.fd.as_fd();
-    sys::mount_setattr(fd, false, sys::MOUNT_ATTR_RDONLY, None).step("read-only root")?;
-    pivot(&root.fd)
+    let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+    let proc = account::open_folder("/proc".as_ref())?;
+    sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).step("clone namespaces")?;
+    identity::map_self(&proc, uid.as_raw(), uid.as_raw(), gid.as_raw())?;
+    // What the host mounts later is seen here; nothing of ours is seen there.
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slave).step("private mounts")
+}
+
+/// The root of a template, and which of its mounts every sandbox attaches for itself.
+pub struct Root {
+    private: Vec<bool>,
+    targets: Vec<OsString>,
+    shares_layer: bool,
+    as_root: bool,
+}
+
+impl Root {
+    /// Build the new root and make it ours. The caller is alone in a new mount namespace.
+    pub fn build(
+        plan: &Plan,
+        mapping: Option<BorrowedFd>,
+        socket: BorrowedFd,
+    ) -> Result<Self, Failure> {
+        let unshared = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", unshared).step("private mounts")?;
+        let private = privates(plan);
+        let as_root = identity::is_root();
+        let sources = plan
+            .mounts
+            .iter()
+            .map(prepare)
+            .collect::<Result<Vec<_>, _>>()?;
+        // An ordinary user may mount procfs only where all of one is in sight,
+        // mount_namespaces(7).
+        let visible = if plan.mounts.iter().any(|mount| matches!(mount, Mount::Proc { .. })) {
+            clone_tree(OsStr::new("/proc"), true).ok()
+        } else {
+            None
+        };
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount("tmpfs", SITE, "tmpfs", flags, ROOT_OPTIONS).step("mount root")?;
+        let mut site = Site::open(open_path(CWD, SITE, ResolveFlags::empty()).step("open root")?)?;
+        site.stage(visible)?;
+        for (number, (mount, tree)) in plan.mounts.iter().zip(sources).enumerate() {
+            if private[number] {
+                site.reserve(number, mount, tree, &private, plan)?;
+            } else {
+                site.attach(number, mount, tree, None)?;
+            }
+        }
+        if !plan.late {
+            site.freeze()?;
+        }
+        pivot(&site.fd)?;
+        let shares_layer = overlay::is_shared(plan);
+        let root = Self {
+            targets: targets(plan, &private),
+            private,
+            shares_layer,
+            as_root,
+        };
+        if shares_layer {
+            root.share_layer(plan, mapping, socket)?;
+        }
+        Ok(root)
+    }
+
+    /// Paths whose objects differ from sandbox to sandbox.
+    pub fn private(&self) -> &[OsString] {
+        &self.targets
+    }
+
+    pub fn shares_layer(&self) -> bool {
+        self.shares_layer
+    }
+
+    /// Attach what is private to one sandbox. The caller is in a copy of the mount namespace.
+    pub fn finish(
+        &self,
+        plan: &Plan,
+        mapping: Option<BorrowedFd>,
+        channel: BorrowedFd,
+    ) -> Result<(), Failure> {
+        let mut site = Site::here()?;
+        for (number, mount) in plan.mounts.iter().enumerate() {
+            if !self.private[number] {
+                continue;
+            }
+            match mount {
+                Mount::Bind { mapped, .. } => {
+                    let tree = site.staged(number, mapping.filter(|_| *mapped))?;
+                    site.attach(number, mount, Some(tree), mapping)?;
+                }
+                Mount::Overlay { .. } => {
+                    let layer = overlay::attach(&site, number, mount, mapping, self.as_root)?;
+                    report::send_with(channel, &Message::Layer, &[layer.as_fd()]);
+                }
+                _ => site.attach(number, mount, None, mapping)?,
+            }
+        }
+        if plan.late {
+            return Ok(());
+        }
+        site.cover_stage()
+    }
+
+    /// Attach the mounts of one call, which somebody else has cloned, and close the root.
+    pub fn bind(&self, mounts: &[Mount], trees: Vec<OwnedFd>) -> Result<(), Failure> {
+        let mut site = Site::here()?;
+        let mut trees = trees.into_iter();
+        for (number, mount) in mounts.iter().enumerate() {
+            let tree = match mount {
+                Mount::Bind { .. } => trees.next(),
+                _ => None,
+            };
+            site.attach(number, mount, tree, None)?;
+        }
+        site.cover_stage()?;
+        site.freeze()
+    }
+
+    /// Attach the one overlay of all sandboxes; hand its layer and itself to the supervisor.
+    fn share_layer(
+        &self,
+        plan: &Plan,
+        mapping: Option<BorrowedFd>,
+        socket: BorrowedFd,
+    ) -> Result<(), Failure> {
+        let site = Site::here()?;
+        for (number, mount) in plan.mounts.iter().enumerate() {
+            if let Mount::Overlay { target, shared, .. } = mount {
+                if !*shared {
+                    continue;
+                }
+                let layer = overlay::attach(&site, number, mount, mapping, self.as_root)?;
+                let merged = rustix::fs::openat(
+                    &site.fd,
+                    relative(target),
+                    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                    Mode::empty(),
+                )
+                .step_on("open", &**target)?;
+                report::send_with(socket, &Message::Layer, &[layer.as_fd(), merged.as_fd()]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Clone the sources of bind mounts, detached, with their final attributes.
+pub fn clone_all(
+    mounts: &[Mount],
+    mapping: Option<BorrowedFd>,
+) -> Result<Vec<OwnedFd>, Failure> {
+    let mut trees = Vec::new();
+    for mount in mounts {
+        if let (Some(tree), Mount::Bind { mapped, source, .. }) = (prepare(mount)?, mount) {
+            let mapping = mapping.filter(|_| *mapped);
+            if mapping.is_some() {
+                sys::mount_setattr(tree.as_fd(), true, 0, mapping).step_on("map ids", &**source)?;
+            }
+            trees.push(tree);
+        }
+    }
+    Ok(trees)
+}
+
+/// Say which bound of a private tmpfs has been reached.
+pub fn full(plan: &Plan) -> Option<&'static str> {
+    for mount in &plan.mounts {
+        let Mount::Tmpfs { target, .. } = mount else {
+            continue;
+        };
+        let Ok(found) = rustix::fs::statfs(&**target) else {
+            continue;
+        };
+        if found.f_bavail == 0 {
+            return Some("disk");
+        }
+        if found.f_ffree == 0 {
+            return Some("inodes");
+        }
+    }
+    None
 }
 
 fn pivot(root: &OwnedFd) -> Result<(), Failure> {
@@ -50,29 +228,51 @@ fn pivot(root: &OwnedFd) -> Result<(), Failure> {
     rustix::process::chdir("/").step("chdir /")
 }
 
-/// Clone the source of a bind mount, detached, with its final attributes.
-fn prepare(mount: &Mount, mapping: Option<BorrowedFd>) -> Result<Option<OwnedFd>, Failure> {
-    let Mount::Bind {
-        source,
-        write,
-        device,
-        mapped,
-        ..
-    } = mount
-    else {
-        return Ok(None);
+/// Say of each mount whether every sandbox needs its own: because the kernel makes it so (a procfs
+/// of its pid namespace, a scratch of its own, its own user id), or because it lies in such a one.
+fn privates(plan: &Plan) -> Vec<bool> {
+    let mut private: Vec<bool> = Vec::new();
+    for mount in &plan.mounts {
+        let own = match mount {
+            Mount::Proc { .. } | Mount::Tmpfs { .. } => true,
+            Mount::Overlay { shared, .. } => !shared,
+            Mount::Bind { mapped, .. } => *mapped && plan.identity.owner.is_some(),
+            _ => false,
+        };
+        let covered = plan.mounts[..private.len()]
+            .iter()
+            .zip(&private)
+            .any(|(outer, private)| *private && inside(mount.target(), outer.target()));
+        private.push(own || covered);
+    }
+    private
+}
+
+fn targets(plan: &Plan, private: &[bool]) -> Vec<OsString> {
+    let chosen = plan.mounts.iter().zip(private).filter(|(_, private)| **private);
+    chosen
+        .map(|(mount, _)| mount.target().to_os_string())
+        .collect()
+}
+
+pub fn inside(path: &OsStr, folder: &OsStr) -> bool {
+    let rest = path.as_bytes().strip_prefix(folder.as_bytes());
+    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+}
+
+/// Clone the source of a mount, detached, with its final attributes.
+fn prepare(mount: &Mount) -> Result<Option<OwnedFd>, Failure> {
+    let (source, write, device) = match mount {
+        Mount::Bind {
+            source,
+            write,
+            device,
+            ..
+        } => (source, *write, *device),
+        Mount::Overlay { source, .. } => (source, false, false),
+        _ => return Ok(None),
     };
-    let found = open_path(
-        CWD,
-        source,
-        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )
-    .step_on("open", source)?;
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH
-        | OpenTreeFlags::AT_RECURSIVE;
-    let tree = rustix::mount::open_tree(found.as_fd(), "", flags).step_on("clone", source)?;
+    let tree = clone_tree(source, true)?;
     let mut attributes = sys::MOUNT_ATTR_NOSUID;
     if !write {
         attributes |= sys::MOUNT_ATTR_RDONLY;
@@ -80,59 +280,145 @@ fn prepare(mount: &Mount, mapping: Option<BorrowedFd>) -> Result<Option<OwnedFd>
     if !device {
         attributes |= sys::MOUNT_ATTR_NODEV;
     }
-    let mapping = mapping.filter(|_| *mapped);
-    sys::mount_setattr(tree.as_fd(), true, attributes, mapping).step_on("restrict", source)?;
+    sys::mount_setattr(tree.as_fd(), true, attributes, None).step_on("restrict", &**source)?;
     Ok(Some(tree))
 }
 
-/// The root under construction.
-struct Root {
-    fd: OwnedFd,
+fn clone_tree(source: &OsStr, recursive: bool) -> Result<OwnedFd, Failure> {
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let found = open_path(CWD, source, resolve).step_on("open", source)?;
+    clone_at(&found, recursive).step_on("clone", source)
+}
+
+fn clone_at(found: &OwnedFd, recursive: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    rustix::mount::open_tree(found.as_fd(), "", flags)
+}
+
+/// A root under construction.
+pub struct Site {
+    pub fd: OwnedFd,
     /// Devices of the file systems made for this sandbox. INVARIANT: names are created on these
     /// alone; elsewhere it would be done on somebody's disk, and with the launcher's rights.
     own: Vec<u64>,
 }
 
-impl Root {
-    fn new(fd: OwnedFd) -> Result<Self, Failure> {
+impl Site {
+    fn open(fd: OwnedFd) -> Result<Self, Failure> {
         let own = vec![rustix::fs::fstat(&fd).step("stat root")?.st_dev];
         Ok(Self { fd, own })
     }
 
-    fn attach(&mut self, mount: &Mount, tree: Option<OwnedFd>) -> Result<(), Failure> {
+    fn here() -> Result<Self, Failure> {
+        Self::open(open_path(CWD, "/", ResolveFlags::empty()).step("open root")?)
+    }
+
+    /// Make the stage, and on it what masks are cloned from.
+    fn stage(&self, proc: Option<OwnedFd>) -> Result<(), Failure> {
+        for (name, mode) in [(STAGE, 0o755), (EMPTY, 0)] {
+            rustix::fs::mkdirat(&self.fd, relative(name.as_ref()), Mode::from_raw_mode(mode))
+                .step_on("mkdir", name)?;
+        }
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDONLY | OFlags::CLOEXEC;
+        let path = relative(NOTHING.as_ref());
+        rustix::fs::openat(&self.fd, path, flags, Mode::empty()).step_on("create", NOTHING)?;
+        match proc {
+            Some(tree) => self.put(&tree, OsStr::new("/.stage/proc"), true),
+            None => Ok(()),
+        }
+    }
+
+    /// Hide the stage from the program for good.
+    fn cover_stage(&self) -> Result<(), Failure> {
+        let empty = self.clone_of(EMPTY)?;
+        self.put_on(&empty, STAGE.as_ref())
+    }
+
+    fn freeze(&self) -> Result<(), Failure> {
+        sys::mount_setattr(self.fd.as_fd(), false, sys::MOUNT_ATTR_RDONLY, None)
+            .step("read-only root")
+    }
+
+    /// Put the source of a private mount on the stage, and make the place it will have.
+    fn reserve(
+        &self,
+        number: usize,
+        mount: &Mount,
+        tree: Option<OwnedFd>,
+        private: &[bool],
+        plan: &Plan,
+    ) -> Result<(), Failure> {
+        let mut folder = true;
+        if let Some(tree) = tree {
+            folder = is_folder(tree.as_fd()).step_on("stat", mount.target())?;
+            self.put(&tree, staged(number).as_ref(), folder)?;
+        }
+        if matches!(mount, Mount::Overlay { .. }) {
+            overlay::reserve(self, number)?;
+        }
+        let covered = plan.mounts[..number]
+            .iter()
+            .zip(private)
+            .any(|(outer, private)| *private && inside(mount.target(), outer.target()));
+        let mounted = !matches!(
+            mount,
+            Mount::Mask { .. } | Mount::Folder { .. } | Mount::Link { .. } | Mount::File { .. }
+        );
+        if covered || !mounted {
+            return Ok(());
+        }
+        let (parent, name) = self.parent(mount.target())?;
+        self.make(&parent, name, folder)
+            .step_on("mount point", mount.target())
+    }
+
+    /// Take the source of a private mount from the stage; mapped ids need a clone of its own.
+    pub fn staged(&self, number: usize, mapping: Option<BorrowedFd>) -> Result<OwnedFd, Failure> {
+        let name = staged(number);
+        let found = open_path(self.fd.as_fd(), relative(name.as_ref()), beneath())
+            .step_on("open", &name)?;
+        let tree = clone_at(&found, true).step_on("clone", &name)?;
+        if mapping.is_some() {
+            sys::mount_setattr(tree.as_fd(), true, 0, mapping).step_on("map ids", &name)?;
+        }
+        Ok(tree)
+    }
+
+    fn attach(
+        &mut self,
+        number: usize,
+        mount: &Mount,
+        tree: Option<OwnedFd>,
+        mapping: Option<BorrowedFd>,
+    ) -> Result<(), Failure> {
         match mount {
-            Mount::Bind {
-                source,
-                target,
-                optional,
-                ..
-            } => {
+            Mount::Bind { target, .. } => {
                 let tree = tree.ok_or(Failure::protocol("bind without a source"))?;
-                let folder = is_folder(tree.as_fd()).step_on("stat", source)?;
-                self.put(&tree, target, folder, *optional)
+                let folder = is_folder(tree.as_fd()).step_on("stat", &**target)?;
+                self.put(&tree, target, folder)
+            }
+            Mount::Overlay { target, .. } => {
+                let tree = tree.ok_or(Failure::protocol("overlay without a source"))?;
+                self.put(&tree, staged(number).as_ref(), true)?;
+                overlay::reserve(self, number)?;
+                let (parent, name) = self.parent(target)?;
+                let _ = mapping;
+                self.make(&parent, name, true).step_on("mount point", &**target)
             }
             Mount::Tmpfs {
                 target,
                 bytes,
                 inodes,
                 mode,
-                write,
-                optional,
             } => {
-                let options = [
-                    ("size", bytes.to_string()),
-                    ("nr_inodes", inodes.to_string()),
-                    ("mode", format!("{mode:o}")),
-                ];
-                let attributes =
-                    MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-                let tree = fresh("tmpfs", &options, attributes)?;
-                self.put(&tree, target, true, *optional)?;
-                if !*write {
-                    return sys::mount_setattr(tree.as_fd(), false, sys::MOUNT_ATTR_RDONLY, None)
-                        .step_on("read-only", target);
-                }
-                let made = rustix::fs::fstat(&tree).step_on("stat", target)?;
+                let tree = scratch(*bytes, *inodes, *mode)?;
+                self.put(&tree, target, true)?;
+                let made = rustix::fs::fstat(&tree).step_on("stat", &**target)?;
                 self.own.push(made.st_dev);
                 Ok(())
             }
@@ -140,48 +426,63 @@ impl Root {
                 let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
                     | MountAttrFlags::MOUNT_ATTR_NODEV
                     | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-                self.put(&fresh("proc", &[], attributes)?, target, true, false)
+                // proc(5): who may not be traced does not show; our own init is such a process.
+                let options = [("hidepid", "ptraceable".to_owned())];
+                self.put(&fresh("proc", &options, attributes)?, target, true)
             }
+            Mount::Mask { target, empty } => self.mask(target, *empty),
             Mount::Folder { target } => {
                 let (parent, name) = self.parent(target)?;
-                self.make(&parent, name, true).step_on("mkdir", target)
+                self.make(&parent, name, true).step_on("mkdir", &**target)
             }
             Mount::Link { target, to } => {
                 let (parent, name) = self.parent(target)?;
-                rustix::fs::symlinkat(&**to, parent, name).step_on("symlink", target)
+                rustix::fs::symlinkat(&**to, parent, name).step_on("symlink", &**target)
             }
             Mount::File { target, text } => {
                 let (parent, name) = self.parent(target)?;
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
                 let file = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o444))
-                    .step_on("create", target)?;
-                rustix::io::write(&file, text.as_bytes()).step_on("write", target)?;
+                    .step_on("create", &**target)?;
+                rustix::io::write(&file, text.as_bytes()).step_on("write", &**target)?;
                 Ok(())
             }
         }
     }
 
-    /// Attach a detached mount at `target`, making the mount point where our own root needs one.
-    fn put(
-        &self,
-        tree: &OwnedFd,
-        target: &OsStr,
-        folder: bool,
-        optional: bool,
-    ) -> Result<(), Failure> {
-        if !optional {
-            let (parent, name) = self.parent(target)?;
-            self.make(&parent, name, folder)
-                .step_on("mount point", target)?;
-        }
+    /// Cover what is at `target` with nothing: a folder that cannot be entered, a file that cannot
+    /// be opened, or an `empty` one that can. What this kernel lacks needs no mask.
+    fn mask(&self, target: &OsStr, empty: bool) -> Result<(), Failure> {
         let place = match open_path(self.fd.as_fd(), relative(target), beneath()) {
-            Err(Errno::NOENT) if optional => return Ok(()),
+            Err(Errno::NOENT) => return Ok(()),
             found => found.step_on("open", target)?,
         };
-        let flags =
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        rustix::mount::move_mount(tree.as_fd(), "", place.as_fd(), "", flags)
-            .step_on("attach", target)
+        let folder = is_folder(place.as_fd()).step_on("stat", target)?;
+        let nothing = self.clone_of(match (folder, empty) {
+            (true, _) => EMPTY,
+            (false, false) => NOTHING,
+            (false, true) => "/dev/null",
+        })?;
+        move_onto(&nothing, &place).step_on("mask", target)
+    }
+
+    fn clone_of(&self, path: &str) -> Result<OwnedFd, Failure> {
+        let found = open_path(self.fd.as_fd(), relative(path.as_ref()), beneath())
+            .step_on("open", path)?;
+        clone_at(&found, false).step_on("clone", path)
+    }
+
+    /// Attach a detached mount at `target`, making the mount point where our own root needs one.
+    pub fn put(&self, tree: &OwnedFd, target: &OsStr, folder: bool) -> Result<(), Failure> {
+        let (parent, name) = self.parent(target)?;
+        self.make(&parent, name, folder)
+            .step_on("mount point", target)?;
+        self.put_on(tree, target)
+    }
+
+    fn put_on(&self, tree: &OwnedFd, target: &OsStr) -> Result<(), Failure> {
+        let place = open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
+        move_onto(tree, &place).step_on("attach", target)
     }
 
     /// Open the folder that holds `target`, making missing ones, and name the last component.
@@ -189,6 +490,10 @@ impl Root {
         let path = relative(target).as_bytes();
         let cut = path.iter().rposition(|byte| *byte == b'/');
         let (folders, name) = cut.map_or((&path[..0], path), |at| (&path[..at], &path[at + 1..]));
+        let name = OsStr::from_bytes(name);
+        if let Ok(found) = open_path(self.fd.as_fd(), if folders.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(folders) }, beneath()) {
+            return Ok((found, name));
+        }
         let mut current = open_path(self.fd.as_fd(), ".", beneath()).step_on("open", target)?;
         for folder in folders.split(|byte| *byte == b'/') {
             if folder.is_empty() {
@@ -199,11 +504,11 @@ impl Root {
                 .step_on("mkdir for", target)?;
             current = open_path(current.as_fd(), folder, beneath()).step_on("open", target)?;
         }
-        Ok((current, OsStr::from_bytes(name)))
+        Ok((current, name))
     }
 
     /// Make an empty folder or file, unless it is there or would be on a file system not ours.
-    fn make(&self, parent: &OwnedFd, name: &OsStr, folder: bool) -> Result<(), Errno> {
+    pub fn make(&self, parent: &OwnedFd, name: &OsStr, folder: bool) -> Result<(), Errno> {
         if !self.own.contains(&rustix::fs::fstat(parent)?.st_dev) {
             return Ok(());
         }
@@ -220,8 +525,29 @@ impl Root {
     }
 }
 
+/// Where the source of a mount waits.
+pub fn staged(number: usize) -> String {
+    format!("{STAGE}/{number}")
+}
+
+fn move_onto(tree: &OwnedFd, place: &OwnedFd) -> Result<(), Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(tree.as_fd(), "", place.as_fd(), "", flags)
+}
+
+/// A new private tmpfs.
+pub fn scratch(bytes: u64, inodes: u64, mode: u32) -> Result<OwnedFd, Failure> {
+    let options = [
+        ("size", bytes.to_string()),
+        ("nr_inodes", inodes.to_string()),
+        ("mode", format!("{mode:o}")),
+    ];
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    fresh("tmpfs", &options, attributes)
+}
+
 /// A new instance of a file system, not yet visible anywhere, fsopen(2).
-fn fresh(
+pub fn fresh(
     kind: &str,
     options: &[(&str, String)],
     attributes: MountAttrFlags,
@@ -229,26 +555,30 @@ fn fresh(
     let context =
         rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).step_on("fsopen", kind)?;
     for (key, value) in options {
-        rustix::mount::fsconfig_set_string(context.as_fd(), *key, value.as_str())
-            .step_on("configure", kind)?;
+        let set = if value.is_empty() {
+            rustix::mount::fsconfig_set_flag(context.as_fd(), *key)
+        } else {
+            rustix::mount::fsconfig_set_string(context.as_fd(), *key, value.as_str())
+        };
+        set.step_on("configure", key)?;
     }
     rustix::mount::fsconfig_create(context.as_fd()).step_on("create", kind)?;
     rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
         .step_on("mount", kind)
 }
 
-fn relative(target: &OsStr) -> &OsStr {
+pub fn relative(target: &OsStr) -> &OsStr {
     let bytes = target.as_bytes();
     let slashes = bytes.iter().take_while(|byte| **byte == b'/').count();
     OsStr::from_bytes(&bytes[slashes..])
 }
 
-fn beneath() -> ResolveFlags {
+pub fn beneath() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS
 }
 
 /// Open a path without any access to its content, openat2(2).
-fn open_path(
+pub fn open_path(
     at: BorrowedFd,
     path: impl AsRef<OsStr>,
     resolve: ResolveFlags,

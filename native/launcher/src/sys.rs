@@ -9,12 +9,15 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
-pub const CLONE_NAMESPACES: u64 = (libc::CLONE_NEWNS
-    | libc::CLONE_NEWPID
-    | libc::CLONE_NEWNET
-    | libc::CLONE_NEWIPC
-    | libc::CLONE_NEWUTS) as u64;
+/// Namespaces of a template, which its sandboxes share: nothing in them can be changed from there.
+pub const CLONE_TEMPLATE: u64 = (libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS) as u64;
+/// Namespaces of every sandbox of its own.
+pub const CLONE_SANDBOX: u64 =
+    (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC) as u64;
+pub const CLONE_NEWNET: u64 = libc::CLONE_NEWNET as u64;
 pub const CLONE_NEWUSER: u64 = libc::CLONE_NEWUSER as u64;
+/// Linux 5.7, clone3(2); version 2 only.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 pub const MOUNT_ATTR_RDONLY: u64 = 0x1;
 pub const MOUNT_ATTR_NOSUID: u64 = 0x2;
@@ -28,8 +31,8 @@ fn check(result: libc::c_long) -> Result<libc::c_long, Errno> {
     Ok(result)
 }
 
-/// Clone this process into new namespaces, clone3(2). `None` is the child.
-pub fn clone_into(flags: u64) -> Result<Option<i32>, Errno> {
+/// Clone this process into new namespaces and a cgroup, clone3(2). `None` is the child.
+pub fn clone_into(flags: u64, cgroup: Option<BorrowedFd>) -> Result<Option<i32>, Errno> {
     #[repr(C)]
     #[derive(Default)]
     struct CloneArgs {
@@ -38,11 +41,59 @@ pub fn clone_into(flags: u64) -> Result<Option<i32>, Errno> {
     let mut args = CloneArgs::default();
     args.fields[0] = flags;
     args.fields[4] = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.fields[0] |= CLONE_INTO_CGROUP;
+        args.fields[10] = u64::try_from(cgroup.as_raw_fd()).map_err(|_| Errno::BADF)?;
+    }
     // SAFETY: no CLONE_VM and no stack: the child is a copy, like fork(2). The structure is the
     // kernel's `struct clone_args` (11 u64 fields, size 88) and outlives the call.
-    let pid =
-        check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) })?;
+    let new =
+        check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) });
+    let pid = match new {
+        // The seccomp filter of a container cannot read the flags behind clone3's pointer, so it
+        // says that there is no such call (older ones: EPERM) and judges clone(2) instead. A child
+        // that was to be born in a cgroup then has to join it.
+        Err(Errno::NOSYS | Errno::PERM) => {
+            let flags = flags | libc::SIGCHLD as u64;
+            // SAFETY: as above; the other four arguments are unused with these flags.
+            check(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })?
+        }
+        new => new?,
+    };
     Ok(i32::try_from(pid).ok().filter(|pid| *pid != 0))
+}
+
+/// LIMIT: bytes of the stack of a process that shares our memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Run `body` in a child that shares this process's memory, and stay suspended until the child
+/// has called execve(2) or is gone, clone(2) `CLONE_VM` and `CLONE_VFORK`. Returns its pid.
+///
+/// INVARIANT: `body` never returns, and ends by execve or `_exit` alone.
+pub fn clone_sharing(body: &mut dyn FnMut()) -> Result<i32, Errno> {
+    extern "C" fn enter(argument: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: `argument` is the reference that `clone_sharing` holds while it is suspended.
+        let body = unsafe { &mut *argument.cast::<&mut dyn FnMut()>() };
+        body();
+        127
+    }
+    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    let mut body = body;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the child has a stack of its own, aligned to 16 bytes, and its own tables of
+    // descriptors and signal actions; nobody else runs in this memory until it is done with it.
+    let pid = check(
+        unsafe {
+            libc::clone(
+                enter,
+                stack.as_mut_ptr_range().end.cast(),
+                flags,
+                (&raw mut body).cast(),
+            )
+        }
+        .into(),
+    )?;
+    i32::try_from(pid).map_err(|_| Errno::CHILD)
 }
 
 /// Put new user and cgroup namespaces under this process, unshare(2).
@@ -147,8 +198,17 @@ pub fn landlock_abi() -> i32 {
         .unwrap_or(0)
 }
 
+/// Restrict this thread and its future children, `landlock_restrict_self(2)`.
+pub fn restrict(ruleset: BorrowedFd) -> Result<(), Errno> {
+    // SAFETY: scalar arguments; the kernel checks what the descriptor is.
+    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) })
+        .map(drop)
+}
+
 /// Install a classic BPF program for this thread and its children, seccomp(2).
-pub fn load_filter(program: &[u8]) -> Result<(), Errno> {
+///
+/// With `listen` the descriptor is returned that tells of each refused call, `seccomp_unotify(2)`.
+pub fn load_filter(program: &[u8], listen: bool) -> Result<Option<OwnedFd>, Errno> {
     #[repr(C)]
     struct Program {
         length: u16,
@@ -163,9 +223,24 @@ pub fn load_filter(program: &[u8]) -> Result<(), Errno> {
         instructions: program.as_ptr(),
     };
     const SET_MODE_FILTER: libc::c_ulong = 1;
+    // Linux 5.19; without the second one a signal would make a call be asked about twice.
+    const NEW_LISTENER: libc::c_ulong = 1 << 3;
+    const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
+    let flags = if listen {
+        NEW_LISTENER | WAIT_KILLABLE_RECV
+    } else {
+        0
+    };
     // SAFETY: the kernel's `struct sock_fprog` pointing at `length` whole instructions.
-    check(unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, 0, &raw const program) })
-        .map(drop)
+    let result = check(unsafe {
+        libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program)
+    })?;
+    if !listen {
+        return Ok(None);
+    }
+    let listener = RawFd::try_from(result).map_err(|_| Errno::BADF)?;
+    // SAFETY: the kernel just made this descriptor for us, close-on-exec.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(listener) }))
 }
 
 /// Bound one resource, setrlimit(2), soft and hard alike. A lower bound in force stays in force.
@@ -214,15 +289,11 @@ pub fn place(fd: RawFd, target: RawFd) -> Result<(), Errno> {
     check(unsafe { libc::dup2(fd, target) }.into()).map(drop)
 }
 
-/// Copy `fd` to a number of at least `lowest`, close-on-exec.
-pub fn lift(fd: RawFd, lowest: RawFd) -> Result<RawFd, Errno> {
-    // SAFETY: fcntl(2) with scalar arguments.
-    let fd = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) }.into())?;
-    RawFd::try_from(fd).map_err(|_| Errno::BADF)
-}
-
 /// A descriptor that reads as ready when a child changed state, signalfd(2). Blocks SIGCHLD.
 pub fn child_events() -> Result<OwnedFd, Errno> {
+    // What a supervisor ignores stays ignored over execve(2), and then nobody's end is told.
+    // SAFETY: SIG_DFL needs no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: the set is initialised by sigemptyset before it is used; the descriptor is new.
     unsafe {
         let mut set = std::mem::zeroed();
@@ -262,8 +333,18 @@ pub fn kill_everything() {
     unsafe { libc::kill(-1, libc::SIGKILL) };
 }
 
-/// What all waited-for descendants used: (cpu µs, largest resident set KiB), getrusage(2).
-pub fn children_usage() -> (u64, u64) {
+/// What all waited-for descendants used, getrusage(2) `RUSAGE_CHILDREN`.
+pub struct Usage {
+    pub cpu_us: u64,
+    /// The largest resident set of one of them.
+    pub peak_rss_kib: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+}
+
+pub fn children_usage() -> Usage {
+    /// Blocks are counted in 512 bytes, whatever the device has.
+    const BLOCK_BYTES: u64 = 512;
     // SAFETY: the structure is plain data that getrusage fills; zero is a valid value.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -271,10 +352,12 @@ pub fn children_usage() -> (u64, u64) {
         usage
     };
     let micros = |time: libc::timeval| (time.tv_sec * 1_000_000 + time.tv_usec).unsigned_abs();
-    (
-        micros(usage.ru_utime) + micros(usage.ru_stime),
-        usage.ru_maxrss.unsigned_abs(),
-    )
+    Usage {
+        cpu_us: micros(usage.ru_utime) + micros(usage.ru_stime),
+        peak_rss_kib: usage.ru_maxrss.unsigned_abs(),
+        read_bytes: usage.ru_inblock.unsigned_abs() * BLOCK_BYTES,
+        written_bytes: usage.ru_oublock.unsigned_abs() * BLOCK_BYTES,
+    }
 }
 
 /// Replace this process, execve(2). Returns only the reason it failed.

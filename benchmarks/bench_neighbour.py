@@ -1,0 +1,141 @@
+"""How much slower is a call while another one beside it tries to exhaust the machine?
+
+The neighbour runs `/usr/bin/true` in its own sandbox, again and again, alone and beside each bomb
+in turn; a bomb that its limits end is started anew at once. ``p99_ratio`` is the neighbour's 99th
+percentile beside the bomb over that of the rounds alone which surround it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from safeconduct.call import Limits, Outcome, Profile, Tier
+from safeconduct.runtime.sandbox import cgroup
+from safeconduct.runtime.sandbox.launcher import Launcher
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.shield import Shield
+
+from .harness import finish, options, spread
+
+_LIMITS = Limits(wall_ms=3_000, memory_bytes=128 << 20, pids=64, disk_bytes=32 << 20, inodes=2000)
+_FILL = """
+import os
+for n in range(10**6):
+    with open(f"f{n}", "wb") as file: file.write(b"x" * SIZE)
+"""
+BOMBS: Mapping[str, str] = {
+    "spin": "import os\nfor _ in range(7): os.fork()\nwhile True: pass",
+    "fork": "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
+    "rss": "held = []\nwhile True: held.append(bytearray(1 << 20))",
+    "tmpfs": "import os; os.chdir('/dev/shm')" + _FILL.replace("SIZE", str(1 << 20)),
+    "page cache": "while True:\n  with open('cache', 'wb') as f:\n"
+    "    for _ in range(16): f.write(b'x' * (1 << 20))",
+    "pipes": "import fcntl, os\nheld = []\nwhile True:\n  r, w = os.pipe(); held += [r, w]\n"
+    "  fcntl.fcntl(w, 1031, 1 << 20); os.set_blocking(w, False); os.write(w, b'x' * (1 << 20))",
+    "disk": _FILL.replace("SIZE", str(1 << 20)),
+    "inodes": _FILL.replace("SIZE", "0"),
+    "output": "import os\nwhile True: os.write(1, b'x' * 65536)",
+    "zombies": "import os\nwhile True:\n  if os.fork() == 0: os._exit(0)",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Bench:
+    """The sandbox both run in, a folder for each, and how the bombs ended."""
+
+    sandbox: NativeSandbox
+    stack: ExitStack
+
+    def folder(self) -> str:
+        """Make a workspace."""
+        path = self.stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        os.chmod(path, 0o777)  # noqa: S103 - meant: tier landlock has no id-mapped mounts
+        return path
+
+    def run(self, argv: list[str], limits: Limits, folder: str) -> Outcome:
+        """Run a program to its end."""
+        profile = Profile(name="bench", read=(folder,), write=(folder,), limits=limits)
+        program = Program(argv=argv, cwd=folder)
+        return self.sandbox.run("bench", program, profile, workspace=folder, shield=Shield())
+
+    def neighbour(self, calls: int, folder: str) -> list[float]:
+        """Time that many calls. Seconds."""
+        times: list[float] = []
+        for _ in range(calls):
+            begun = time.perf_counter()
+            self.run(["/usr/bin/true"], Limits(), folder)
+            times.append(time.perf_counter() - begun)
+        return times
+
+    @contextmanager
+    def exploding(self, code: str, ends: dict[str, int]) -> Generator[None]:
+        """Keep a bomb going, and count which limits end it."""
+        stop, started = threading.Event(), threading.Event()
+        folder = self.folder()
+
+        def explode() -> None:
+            while not stop.is_set():
+                started.set()
+                outcome = self.run(["python3", "-c", code], _LIMITS, folder)
+                name = outcome.limit or f"exit {outcome.exit_code}"
+                ends[name] = ends.get(name, 0) + 1
+                for entry in os.scandir(folder):
+                    os.unlink(entry)
+
+        thread = threading.Thread(target=explode)
+        thread.start()
+        try:
+            started.wait()
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _p99(times: list[float]) -> float:
+    return spread(times, scale=1e3)["p99"]
+
+
+def main() -> None:
+    """Measure and print."""
+    chosen = options(__doc__)
+    figures: dict[str, object] = {}
+    details: dict[str, object] = {}
+    with ExitStack() as stack:
+        launcher = Launcher()
+        stack.callback(launcher.close)
+        cgroups = cgroup.discover()
+        if cgroups is not None:
+            stack.callback(cgroups.close)
+        tier = Tier.FULL if not survey(launcher, cgroups).tiers[Tier.FULL] else Tier.LANDLOCK
+        bench = Bench(NativeSandbox(launcher, tier=tier, cgroups=cgroups), stack)
+        folder = bench.folder()
+        calls, rounds = (60, 2) if chosen.quick else (250, 6)
+        bench.neighbour(20, folder)
+        for name, code in BOMBS.items():
+            alone: list[float] = []
+            beside: list[float] = []
+            ends: dict[str, int] = {}
+            for _ in range(rounds):
+                alone += bench.neighbour(calls, folder)
+                with bench.exploding(code, ends):
+                    beside += bench.neighbour(calls, folder)
+            figures[f"{name}: p99_ratio"] = round(_p99(beside) / _p99(alone), 2)
+            ratio = statistics.median(beside) / statistics.median(alone)
+            figures[f"{name}: median_ratio"] = round(ratio, 2)
+            details[f"{name}: ended by"] = ends
+            details[f"{name}: alone_ms"] = spread(alone, scale=1e3)
+            details[f"{name}: beside_ms"] = spread(beside, scale=1e3)
+    details["tier"] = str(tier)
+    finish(__doc__ or "", figures, details, chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The privileged steps that give a machine more, each as files to write and commands to run.
+
+What a step is and whether it is needed is read below a root folder that is passed in, so it can be
+tried on a folder that is no machine. Nothing here writes; setup.py does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from safeconduct.errors import Error
+from safeconduct.runtime.sandbox import delegation
+from safeconduct.runtime.sandbox.facts import read_knobs
+
+# Every file of ours begins with it; one that does not is somebody else's and never touched.
+MARK = "# Written by `safeconduct setup`; `safeconduct setup --undo` removes it.\n"
+_BEFORE = "# before: "
+# Common distributions allow tens of thousands; each sandbox needs one.
+_NAMESPACES = 15_000
+_APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
+# A path that AppArmor would read as a pattern, apparmor.d(5), is refused, not escaped.
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9._+/ -]+", re.ASCII)
+
+
+class State(StrEnum):
+    """How it stands with one step."""
+
+    NEEDED = "needed"
+    DONE = "done"
+    NOT_NEEDED = "not needed"
+    IMPOSSIBLE = "impossible"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step: why, the file it writes, and the commands that make it count or take it back."""
+
+    name: str
+    state: State
+    why: str
+    file: str = ""
+    text: str = ""
+    apply: Sequence[Sequence[str]] = ()
+    undo: Sequence[Sequence[str]] = ()
+    warning: str = ""
+
+
+def steps(root: Path, launcher: Path) -> list[Step]:
+    """Return every step as it stands on the machine whose files lie below ``root``."""
+    return [
+        _namespaces(root, read_knobs(root)),
+        _apparmor(root, read_knobs(root), launcher),
+        _delegation(root),
+        _signer(),
+    ]
+
+
+def is_ours(root: Path, file: str) -> bool:
+    """Tell whether a file is there and begins with our mark. Follows no link."""
+    try:
+        fd = os.open(_below(root, file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(fd, encoding="utf-8", errors="replace") as opened:
+        return opened.read(len(MARK)) == MARK
+
+
+def _below(root: Path, file: str) -> Path:
+    return root / file.lstrip("/")
+
+
+def _namespaces(root: Path, knobs: dict[str, str]) -> Step:
+    name, file = "user namespaces", "/etc/sysctl.d/99-safeconduct.conf"
+    wanted = {
+        knob: value
+        for knob, value in (
+            ("user.max_user_namespaces", str(_NAMESPACES)),
+            ("kernel.unprivileged_userns_clone", "1"),
+        )
+        if knobs.get(knob) == "0"
+    }
+    if is_ours(root, file):
+        text = _below(root, file).read_text()
+        undo = [
+            ("sysctl", "-w", line.removeprefix(_BEFORE))
+            for line in text.splitlines()
+            if line.startswith(_BEFORE)
+        ]
+        if not wanted:
+            why = "a setting of ours allows them"
+            return Step(name=name, state=State.DONE, why=why, file=file, text=text, undo=undo)
+    if not wanted:
+        return Step(name=name, state=State.NOT_NEEDED, why="no setting forbids them to everybody")
+    why = ", ".join(f"{knob} = {knobs[knob]}" for knob in wanted)
+    if not _first_namespace(root):
+        why += ": inside a user namespace; only the machine around can change it"
+        return Step(name=name, state=State.IMPOSSIBLE, why=why)
+    lines = [f"{_BEFORE}{knob}={knobs[knob]}" for knob in wanted]
+    lines += [f"{knob} = {value}" for knob, value in wanted.items()]
+    return Step(
+        name=name,
+        state=State.NEEDED,
+        why=why,
+        file=file,
+        text=MARK + "\n".join(lines) + "\n",
+        apply=[("sysctl", "-p", file)],
+        warning="every program of every user may then make user namespaces",
+    )
+
+
+def _first_namespace(root: Path) -> bool:
+    try:
+        fields = (root / "proc/self/uid_map").read_text().split()
+    except OSError:
+        return True
+    return fields == ["0", "0", "4294967295"]
+
+
+def _apparmor(root: Path, knobs: dict[str, str], launcher: Path) -> Step:
+    name, file = "AppArmor profile", "/etc/apparmor.d/safeconduct-launcher"
+    undo = [("apparmor_parser", "-R", file)]
+    if knobs.get(_APPARMOR) != "1":
+        if is_ours(root, file):
+            why = f"{_APPARMOR} is not 1 any more; --undo removes it"
+            return Step(name=name, state=State.DONE, why=why, file=file, undo=undo)
+        why = f"{_APPARMOR} is not 1 here"
+        return Step(name=name, state=State.NOT_NEEDED, why=why)
+    text = _profile(launcher)
+    done = is_ours(root, file) and _below(root, file).read_text() == text
+    return Step(
+        name=name,
+        state=State.DONE if done else State.NEEDED,
+        why=f"{_APPARMOR} = 1: only programs with a profile may use user namespaces",
+        file=file,
+        text=text,
+        apply=[("apparmor_parser", "-r", file)],
+        undo=undo,
+        warning=_replaceable(launcher),
+    )
+
+
+def _profile(launcher: Path) -> str:
+    path = str(launcher)
+    if not _PLAIN_PATH.fullmatch(path):
+        raise Error(
+            f"AppArmor would read {path} as a pattern.",
+            code="setup.path",
+            hint="install safeconduct under a path of letters, digits, '.', '_', '+', '-'",
+        )
+    return (
+        f"{MARK}abi <abi/4.0>,\ninclude <tunables/global>\n\n"
+        f'profile safeconduct-launcher "{path}" flags=(unconfined) {{\n  userns,\n}}\n'
+    )
+
+
+def _replaceable(launcher: Path) -> str:
+    """Warn where others than root can put another program into the launcher's place."""
+    for path in (launcher, *launcher.parents):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        if status.st_uid != 0 or status.st_mode & 0o022:
+            return (
+                f"{path} can be changed by others than root: whatever is put in the launcher's "
+                "place may use user namespaces too; a copy that only root can write is safer"
+            )
+    return ""
+
+
+def _delegation(root: Path) -> Step:
+    name, file = "cgroup delegation", "/etc/systemd/system/user@.service.d/50-safeconduct.conf"
+    text = f"{MARK}[Service]\nDelegate=cpu cpuset io memory pids\n"
+    reload = [("systemctl", "daemon-reload")]
+    if is_ours(root, file):
+        why = "handed to every user manager that starts from now on"
+        return Step(name=name, state=State.DONE, why=why, file=file, text=text, undo=reload)
+    if not (root / "run/systemd/system").is_dir():
+        why = "no systemd runs here; `safeconduct doctor` says what helps"
+        return Step(name=name, state=State.IMPOSSIBLE, why=why)
+    if not (root / "sys/fs/cgroup/cgroup.controllers").exists():
+        why = "cgroup v1 cannot be handed to users: boot with systemd.unified_cgroup_hierarchy=1"
+        return Step(name=name, state=State.IMPOSSIBLE, why=why)
+    lacking = {
+        uid: delegation.manager_lacks(uid, root=root) for uid in delegation.managers(root=root)
+    }
+    short = {uid: lacks for uid, lacks in lacking.items() if lacks}
+    if not short:
+        why = "systemd hands memory and pids to users already" if lacking else "nobody is logged in"
+        return Step(name=name, state=State.NOT_NEEDED, why=why)
+    said = "; ".join(f"user {uid} has no {' and '.join(lacks)}" for uid, lacks in short.items())
+    return Step(
+        name=name,
+        state=State.NEEDED,
+        why=f"{said}: memory and pids hold only per process",
+        file=file,
+        text=text,
+        apply=reload,
+        undo=reload,
+        warning="it counts from the next login of each user",
+    )
+
+
+def _signer() -> Step:
+    why = "a user id of its own for the signer is not in this version: it runs under yours"
+    return Step(name="signer user", state=State.NOT_NEEDED, why=why)

@@ -1,0 +1,166 @@
+"""Step "sandbox": changes kept after their session, for a person to look at and decide about.
+
+An overlay ends with the processes that hold its mount. What it changed is copied to a folder of
+ours, absent in every sandbox: ``changes.json`` and, below ``tree``, the new content of each file.
+Such a folder stands for the upper folder in ``unified`` and ``commit``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+from safeconduct.errors import SandboxFailed
+
+from . import content, kernel
+from .changes import Change, Changes, Kind, Node
+from .recovery import remove_tree
+from .stage import copy_bytes
+
+_ID: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_FILE, _TREE = "changes.json", "tree"
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# LIMIT: bytes of one list of changes that is read back, and shelved sets in one listing.
+_LIST_BYTES_MAX: Final = 512 << 20
+_SETS_MAX: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelved:
+    """One set of kept changes: its name, the absolute path of its workspace, and what it holds."""
+
+    id: str
+    workspace: str
+    changes: Changes
+
+
+def shelve(folder: Path, changes: Changes, *, upper: int, workspace: str) -> str:
+    """Keep changes below ``folder``, a private folder of ours; return the name of the set.
+
+    Call it after the last process of the tool is gone; afterwards the overlay may be dropped.
+    Raises Moved where the upper folder is not what the diff read, and OSError for a full disk;
+    then nothing is kept.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    draft = folder / f".{name}"
+    draft.mkdir(mode=0o700)
+    try:
+        (draft / _TREE).mkdir(mode=0o700)
+        with _opened(draft / _TREE) as tree:
+            for change in changes:
+                if change.node is Node.FILE and change.kind is not Kind.DELETED:
+                    _keep(tree, change, upper)
+        data = {
+            "version": 1,
+            "workspace": workspace,
+            "changes": [change.to_json() for change in changes],
+        }
+        (draft / _FILE).write_text(json.dumps(data, ensure_ascii=True))
+        with _opened(draft) as fd:
+            kernel.sync_file_system(fd)
+        draft.rename(folder / name)
+    except BaseException:
+        _remove(folder, draft.name)
+        raise
+    return name
+
+
+def shelved(folder: Path) -> list[str]:
+    """Return the names of the kept sets, newest first."""
+    try:
+        names = [name for name in os.listdir(folder) if _ID.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+    return sorted(names, reverse=True)[:_SETS_MAX]
+
+
+def load(folder: Path, name: str) -> Shelved:
+    """Read one set. SandboxFailed (`workspace.no_changes`) where there is none of this name."""
+    try:
+        if not _ID.fullmatch(name):
+            raise FileNotFoundError(name)
+        with (folder / name / _FILE).open("rb") as file:
+            data = cast("Mapping[str, object]", json.loads(file.read(_LIST_BYTES_MAX)))
+        entries = cast("list[Mapping[str, object]]", data["changes"])
+        changes = Changes(entries=tuple(Change.from_json(entry) for entry in entries))
+    except FileNotFoundError as error:
+        raise SandboxFailed(
+            f"There are no kept changes named {name[:80]!a}.",
+            step="changes",
+            code="workspace.no_changes",
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SandboxFailed(
+            f"The kept changes {name} cannot be read.", step="changes", code="workspace.changes"
+        ) from error
+    return Shelved(id=name, workspace=str(data["workspace"]), changes=changes)
+
+
+@contextmanager
+def opened(folder: Path, name: str) -> Generator[int]:
+    """Open what stands for the upper folder of a set."""
+    with _opened(folder / name / _TREE) as fd:
+        yield fd
+
+
+def drop(folder: Path, name: str) -> None:
+    """Remove a set: after its commit, or to roll it back."""
+    if _ID.fullmatch(name):
+        # Renamed first: a set that is half removed is no set.
+        with suppress(FileNotFoundError):
+            (folder / name).rename(folder / f".{name}")
+        _remove(folder, f".{name}")
+
+
+def _keep(tree: int, change: Change, upper: int) -> None:
+    if change.refused:
+        return
+    above, _, name = change.path.rpartition("/")
+    folder = _make_folders(tree, above)
+    try:
+        with content.regular(kernel.open_beneath(upper, change.path, kernel.FILE)) as source:
+            target = os.open(name, _NEW, 0o600, dir_fd=folder)
+            try:
+                if copy_bytes(source, target, change.size) != change.after:
+                    raise content.Moved(f"{change.path!a} changed")
+            finally:
+                os.close(target)
+    finally:
+        os.close(folder)
+
+
+def _make_folders(tree: int, path: str) -> int:
+    try:
+        return kernel.open_beneath(tree, path, kernel.FOLDER)
+    except FileNotFoundError:
+        parts = path.split("/")
+    for count in range(1, len(parts) + 1):
+        with (
+            kernel.parent_of(tree, "/".join(parts[:count])) as (above, name),
+            suppress(FileExistsError),
+        ):
+            os.mkdir(name, 0o700, dir_fd=above)
+    return kernel.open_beneath(tree, path, kernel.FOLDER)
+
+
+def _remove(folder: Path, name: str) -> None:
+    with _opened(folder) as fd:
+        remove_tree(fd, name)
+
+
+@contextmanager
+def _opened(folder: Path) -> Generator[int]:
+    fd = os.open(folder, kernel.FOLDER)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

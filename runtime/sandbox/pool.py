@@ -1,0 +1,135 @@
+"""Step "sandbox": sandboxes made ahead of the calls that will take them.
+
+A pool holds the template of one plan and keeps a few sandboxes waiting in its queue; none is ever
+used twice. The native side makes them, so refilling costs the supervisor one datagram each.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+
+from safeconduct.errors import SandboxFailed
+
+from .launcher import Template, Waiting
+
+# LIMIT: sandboxes that wait in each pool, plans that have a pool, seconds a pool lives unused.
+AHEAD, PLANS_MAX, IDLE_SECONDS = 2, 8, 60.0
+_TAKE_SECONDS = 20.0
+
+
+class Pool:
+    """The waiting sandboxes of one plan. Safe to use from several threads."""
+
+    def __init__(self, template: Template, ahead: int) -> None:
+        self.template = template
+        self.used_at = time.monotonic()
+        self.busy = 0
+        self.failed = False
+        self._ahead = ahead
+        self._asked = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> Waiting:
+        """Take a sandbox, made ahead or now. The caller has counted itself in ``busy``."""
+        try:
+            with self._lock:
+                self.used_at = time.monotonic()
+                if not self._asked:
+                    self._ask()
+                self._asked -= 1
+            return self.template.take(_TAKE_SECONDS)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def give_back(self) -> None:
+        """Note that a call is over, and have what it took made anew."""
+        with self._lock:
+            self.busy -= 1
+            self.used_at = time.monotonic()
+            if self.failed:
+                if not self.busy:
+                    self.template.close()
+                return
+            with suppress(SandboxFailed):  # the next call finds out
+                while self._asked < self._ahead:
+                    self._ask()
+
+    def _ask(self) -> None:
+        self.template.ask()
+        self._asked += 1
+
+    def close(self) -> None:
+        """End the template and all of its sandboxes."""
+        self.failed = True
+        self.template.close()
+
+
+class Pools:
+    """The pools of one runtime, by plan. Safe to use from several threads."""
+
+    def __init__(self, *, ahead: int = AHEAD) -> None:
+        self._ahead = ahead
+        self._pools: dict[Hashable, Pool] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._owner_pid = os.getpid()
+
+    def reserve(
+        self, key: Hashable, make: Callable[[], Template], *, ahead: int | None = None
+    ) -> Pool:
+        """Return the pool of a plan, making its template if there is none that works.
+
+        It stays open until ``give_back`` is called on it. ``ahead`` is how many sandboxes shall
+        wait in it, where not as many as usual.
+        """
+        with self._lock:
+            if os.getpid() != self._owner_pid:
+                raise SandboxFailed("The sandboxes belong to another process.", step="pool")
+            pool = self._pools.get(key)
+            if pool is None or pool.failed:
+                if pool is not None and not pool.busy:
+                    pool.close()
+                pool = self._pools[key] = Pool(make(), self._ahead if ahead is None else ahead)
+                self._make_room()
+                self._start_keeper()
+            pool.busy += 1
+            return pool
+
+    def _start_keeper(self) -> None:
+        if self._keeper is None:
+            self._keeper = threading.Thread(
+                target=self._keep, name="safeconduct-pools", daemon=True
+            )
+            self._keeper.start()
+
+    def close(self) -> None:
+        """End every pool. In a fork only the copies of their sockets are closed."""
+        self._closing.set()
+        with self._lock:
+            pools = [*self._pools.values()]
+            self._pools.clear()
+        for pool in pools:
+            pool.close()
+        if self._keeper is not None and os.getpid() == self._owner_pid:
+            self._keeper.join()
+
+    def _make_room(self) -> None:
+        idle = [key for key, pool in self._pools.items() if not pool.busy]
+        idle.sort(key=lambda key: self._pools[key].used_at)
+        for key in idle[: max(0, len(self._pools) - PLANS_MAX)]:
+            self._pools.pop(key).close()
+
+    def _keep(self) -> None:
+        """Empty what nobody has used for a while."""
+        while not self._closing.wait(IDLE_SECONDS / 4):
+            before = time.monotonic() - IDLE_SECONDS
+            with self._lock:
+                idle = [k for k, p in self._pools.items() if not p.busy and p.used_at < before]
+                for key in idle:
+                    self._pools.pop(key).close()

@@ -1,0 +1,368 @@
+"""Step "sandbox": the processes of Python tools, as the supervisor holds them.
+
+A zygote is one native sandbox for one profile; each of its forks, like each process of a single
+call where forks cannot be confined, is a ``Hand``: a channel, two streams and a fate.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from safeconduct.call import Profile
+from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
+
+from . import cgroup, python_frames, python_nest, python_worker, seccomp
+from .accounts import INIT_PIDS
+from .interpreter import interpreter
+from .launcher import Exit
+from .native import NativeSandbox, Program
+from .python_place import Place, walls, zygote_limits
+from .running import Running
+from .watch import Watch
+
+_START_SECONDS = 60.0
+_MESSAGE_BYTES_MAX = 64 << 10
+# INVARIANT: a fork after this many would know the address layout of as many calls before it.
+FORKS_PER_ZYGOTE = 1000
+
+
+class Fate(Protocol):
+    """Where the end of one call's processes is told."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that reads as ready when there is something to receive."""
+        ...
+
+    def receive(self) -> Exit:
+        """Read how it ended. Raises SandboxFailed where it never began or nobody can tell."""
+        ...
+
+    @property
+    def patience(self) -> float:
+        """Return how many seconds the end may take after it was asked for."""
+        ...
+
+    def stop(self) -> None:
+        """Ask for the end. Does not wait."""
+        ...
+
+    def expire(self) -> Exit:
+        """Say what it means that the end did not come in time. Raises SandboxFailed, or not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hand:
+    """Our ends of one process that waits for its one call. ``close`` ends it and frees all."""
+
+    channel: socket.socket
+    stdout: int
+    stderr: int
+    fate: Fate
+    charge: Callable[[], cgroup.Charge]
+    watch: Callable[[], Watch]
+    close: Callable[[], None]
+
+
+class Zygote:
+    """One warm interpreter and its waiting forks. Not safe to use from several threads."""
+
+    def __init__(self, native: NativeSandbox, place: Place, groups: cgroup.Cgroups | None) -> None:
+        """Start it; blocks until everything is imported.
+
+        Raises SandboxUnavailable with ``missing="python-forks"`` where the kernel refuses what a
+        fork needs, ToolFailed and SandboxFailed as ``NativeSandbox.start``.
+        """
+        self.place = place
+        self.calls = 0
+        self.spent = False
+        self._made = itertools.count()
+        self._groups = groups
+        # Made ahead: for a fork that is made at call time it is a tenth of the time.
+        self._spare: cgroup.Cgroup | None = None
+        self._waiting: deque[Hand] = deque()
+        granted = place.granted()
+        with ExitStack() as opened:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            opened.callback(ours.close)
+            with theirs:
+                setting = {
+                    **place.setting("zygote"),
+                    **walls(place, granted, in_cgroup=groups is not None),
+                }
+                descriptors = [theirs.fileno()]
+                self._running = _start(native, granted, place, setting, descriptors, None)
+            opened.callback(self._running.close)
+            self._control = ours
+            _greet(ours)
+            opened.pop_all()
+
+    def alive(self) -> bool:
+        """Tell whether it can make forks: it has said nothing and closed nothing."""
+        try:
+            self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def take(self) -> Hand:
+        """Return a fork that waits, or one that is just being made."""
+        return self._waiting.popleft() if self._waiting else self._fork()
+
+    def refill(self, count: int) -> None:
+        """Have ``count`` forks wait, and a cgroup for the next. Does not wait for readiness."""
+        while len(self._waiting) < count and not self.spent:
+            self._waiting.append(self._fork())
+        if self._groups and self._spare is None:
+            self._spare = self._group(self._groups)
+
+    def close(self) -> None:
+        """End the process with all its forks, and wait until they are gone."""
+        self.spent = True
+        for hand in self._waiting:
+            hand.close()
+        self._waiting.clear()
+        if self._groups and self._spare:
+            self._groups.retire(self._spare)
+            self._spare = None
+        self._control.close()
+        self._running.close()
+
+    def _fork(self) -> Hand:
+        if next(self._made) + 1 >= FORKS_PER_ZYGOTE:
+            self.spent = True
+        with ExitStack() as mine, ExitStack() as theirs:
+            fate, their_fate = _pair(mine, theirs, socket.SOCK_SEQPACKET)
+            channel, their_channel = _pair(mine, theirs, socket.SOCK_STREAM)
+            stdout, their_stdout = _pipe(mine, theirs)
+            stderr, their_stderr = _pipe(mine, theirs)
+            group = self._join(mine)
+            given = [their_fate.fileno(), their_channel.fileno(), their_stdout, their_stderr]
+            for path in group.procs if group else ():
+                given.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+                theirs.callback(os.close, given[-1])
+            try:
+                socket.send_fds(self._control, [b"fork"], given)
+            except OSError as error:
+                raise SandboxFailed(
+                    f"The Python zygote is gone: {error}.", step="zygote"
+                ) from error
+            return Hand(
+                channel=channel,
+                stdout=stdout,
+                stderr=stderr,
+                fate=_ForkFate(fate),
+                charge=partial(_charge, group),
+                watch=partial(self._watch, group),
+                close=mine.pop_all().close,
+            )
+
+    def _join(self, mine: ExitStack) -> cgroup.Cgroup | None:
+        """Make the cgroup of one fork; a fork has no init, for which cgroups leave room."""
+        if self._groups is None:
+            return None
+        group, self._spare = self._spare or self._group(self._groups), None
+        mine.callback(self._groups.retire, group)
+        return group
+
+    def _group(self, groups: cgroup.Cgroups) -> cgroup.Cgroup:
+        limits = self.place.profile.limits
+        return groups.make(replace(limits, pids=limits.pids - INIT_PIDS))
+
+    def _watch(self, group: cgroup.Cgroup | None) -> Watch:
+        profile = self.place.profile
+        if group is None or self._groups is None:
+            return Watch(profile.limits, profile.write)
+        give_way = partial(self._groups.give_way, group)
+        return Watch(
+            profile.limits, profile.write, group.charge, members=group.members, give_way=give_way
+        )
+
+
+class _ForkFate:
+    patience = 5.0
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        # It is read when it is ready, or when an end is certain to come.
+        end.settimeout(self.patience)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def receive(self) -> Exit:
+        try:
+            data = self._socket.recv(_MESSAGE_BYTES_MAX)
+        except OSError as error:
+            raise SandboxFailed(f"The Python zygote is gone: {error}.", step="zygote") from error
+        if not data:
+            raise SandboxFailed("The Python zygote died.", step="zygote")
+        told = python_frames.fate(data)
+        if isinstance(told, python_frames.Unable):
+            raise _unable(told)
+        return Exit(
+            code=told.code,
+            signal=told.signal,
+            wall_limit=False,
+            wall_us=0,
+            cpu_us=told.cpu_us,
+            peak_rss_kib=told.peak_rss_kib,
+        )
+
+    def stop(self) -> None:
+        try:
+            self._socket.send(python_worker.END, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            # Its end is told, or the zygote is gone: `receive` says which.
+            return
+
+    def expire(self) -> Exit:
+        raise SandboxFailed("The Python zygote did not end a fork.", step="zygote")
+
+
+def _charge(group: cgroup.Cgroup | None) -> cgroup.Charge:
+    if group is None:
+        return cgroup.Charge()
+    charge = group.charge()
+    peak = None if charge.peak_pids is None else charge.peak_pids + INIT_PIDS
+    return replace(charge, peak_pids=peak)
+
+
+def start_single(native: NativeSandbox, place: Place) -> Hand:
+    """Start an interpreter for one call in a sandbox of its own: no zygote, no forks."""
+    granted = place.granted()
+    with ExitStack() as mine, ExitStack() as theirs:
+        channel, their_channel = _pair(mine, theirs, socket.SOCK_STREAM)
+        stdout, their_stdout = _pipe(mine, theirs)
+        stderr, their_stderr = _pipe(mine, theirs)
+        setting, outputs = place.setting("single"), (their_stdout, their_stderr)
+        descriptors = [their_channel.fileno()]
+        try:
+            running = _start(native, granted, place, setting, descriptors, outputs)
+        except (SandboxFailed, ToolFailed) as error:
+            if error.errno != errno.EACCES:
+                raise
+            # As root, tier landlock drops to another user and then has only that user's view.
+            raise SandboxUnavailable(
+                f"The Python interpreter cannot be used inside a sandbox: {error.message}",
+                missing="python-interpreter",
+                hint="Use a Python installed in a folder that every user may enter.",
+            ) from error
+        mine.callback(running.close)
+        return Hand(
+            channel=channel,
+            stdout=stdout,
+            stderr=stderr,
+            fate=_SingleFate(running),
+            charge=cgroup.Charge,
+            watch=running.watch,
+            close=mine.pop_all().close,
+        )
+
+
+class _SingleFate:
+    # It ends by itself after its answer, within a few milliseconds.
+    patience = 1.0
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def fileno(self) -> int:
+        return self._running.channel.fileno()
+
+    def receive(self) -> Exit:
+        return self._running.channel.receive(self.patience)
+
+    def stop(self) -> None:
+        """Do nothing: the process ends after its answer, or by the sandbox's own clock."""
+
+    def expire(self) -> Exit:
+        self._running.close()
+        return Exit(
+            code=None, signal=int(signal.SIGKILL), wall_limit=False, wall_us=0, cpu_us=0,
+            peak_rss_kib=0,
+        )  # fmt: skip
+
+
+def _start(
+    native: NativeSandbox,
+    granted: Profile,
+    place: Place,
+    setting: dict[str, object],
+    descriptors: Sequence[int],
+    outputs: tuple[int, int] | None,
+) -> Running:
+    """Start the worker; with ``outputs`` as the sandbox of one call, without as a zygote's."""
+    script = os.path.realpath(python_worker.__file__)
+    program = Program(argv=[*interpreter(), script], cwd="/", descriptors=descriptors)
+    with ExitStack() as opened:
+        source = seccomp.memory_file(msgspec.json.encode(setting))
+        opened.callback(os.close, source)
+        if outputs:
+            return native.start(
+                program, granted, workspace=place.workspace, shield=place.shield,
+                stdio=(source, *outputs),
+            )  # fmt: skip
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        opened.callback(os.close, null)
+        return python_nest.start(
+            native, program, replace(granted, limits=zygote_limits(place.profile.limits)),
+            workspace=place.workspace, shield=place.shield, stdio=(source, null, null),
+        )  # fmt: skip
+
+
+def _greet(control: socket.socket) -> None:
+    control.settimeout(_START_SECONDS)
+    try:
+        data = control.recv(_MESSAGE_BYTES_MAX)
+    except OSError as error:
+        raise SandboxFailed(f"The Python zygote did not start: {error}.", step="zygote") from error
+    finally:
+        control.settimeout(None)
+    if not data:
+        raise SandboxFailed("The Python zygote died while it started.", step="zygote")
+    told = python_frames.greeting(data)
+    if isinstance(told, python_frames.Unable):
+        raise _unable(told)
+    if isinstance(told, python_frames.Broken):
+        raise python_frames.imports_failed(f"{told.error}: {told.message}")
+    if told.version != python_worker.VERSION:
+        raise SandboxFailed("The Python zygote is of another version.", step="zygote")
+
+
+def _unable(told: python_frames.Unable) -> SandboxUnavailable:
+    step = python_frames.printable(told.step, 200)
+    return SandboxUnavailable(
+        f"A Python fork cannot be confined here: {step} ({os.strerror(told.errno)}).",
+        missing="python-forks",
+        hint="Allow nested user namespaces (sysctl user.max_user_namespaces, AppArmor).",
+    )
+
+
+def _pair(
+    mine: ExitStack, theirs: ExitStack, kind: socket.SocketKind
+) -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    return mine.enter_context(one), theirs.enter_context(other)
+
+
+def _pipe(mine: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+    read, write = os.pipe2(os.O_CLOEXEC)
+    mine.callback(os.close, read)
+    theirs.callback(os.close, write)
+    os.set_blocking(read, False)
+    return read, write

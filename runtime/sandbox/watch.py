@@ -1,0 +1,280 @@
+"""Step "sandbox": limits that the kernel does not hold, looked at while a call runs.
+
+These are ``polled``: cpu time of the whole tree, silence, storms of refused forks, and what a call
+adds to folders it may write directly. A call that is over before the first look pays two system
+calls for it.
+
+Growth is noticed by statvfs(2), which costs the same however large the folders are. It counts for
+everybody on that file system, so it ends no call by itself: a walk must find as much that changed
+since the call began. The walk follows no link, stays on its file system, and goes on for a few
+milliseconds at each look.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from safeconduct.call import Limits
+
+from .cgroup import Charge
+
+# (until so many seconds of the call, look every so many seconds)
+_INFINITE = float("inf")
+_INTERVALS = ((1.0, 0.05), (10.0, 0.1), (_INFINITE, 0.25))
+# LIMIT: a walk goes on so long at each look, and a quarter of it where nothing is suspected yet. It
+# sees so many entries between looks at the clock.
+_SLICE_SECONDS, _SLICE_ENTRIES = 0.02, 128
+# LIMIT: a walk that nothing calls for takes a fiftieth of the time, and comes after two seconds.
+_WALK_SECONDS, _WALK_REST = 2.0, 50
+# A program whose forks are refused gives up or waits; one that goes on so often is a bomb.
+_REFUSED_FORKS_MAX = 1000
+# Less of one processor than this is not work: a program that waits wakes up now and then.
+_IDLE_CPU_SHARE = 0.01
+# From here on a call has the share of one call, however many tasks it makes.
+_LONG_CPU_US = 100_000
+# Times of files come from a clock that may be one tick behind, CONFIG_HZ=100.
+_CLOCK_TICK_NS = 20_000_000
+_BLOCK_BYTES = 512
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class _Grown:
+    """What a walk has found to be new or changed since the call began, up to the limits it seeks.
+
+    A limit that the file system itself does not confirm is not sought: what changed may have been
+    large before.
+    """
+
+    bytes_max: float = _INFINITE
+    inodes_max: float = _INFINITE
+    used_bytes: int = 0
+    inodes: int = 0
+    exceeded: str | None = None
+    links: set[int] = field(default_factory=set[int])
+
+    @property
+    def sought(self) -> bool:
+        """Tell whether the file system says that a limit was passed by somebody."""
+        return self.bytes_max < _INFINITE or self.inodes_max < _INFINITE
+
+
+class Watch:
+    """Looks at one call. Not for several threads at once."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        roots: Sequence[str],
+        charge: Callable[[], Charge] | None = None,
+        *,
+        members: Callable[[], Sequence[int]] | None = None,
+        give_way: Callable[[], object] | None = None,
+    ) -> None:
+        """Note how full the file systems of ``roots`` (writable, without an overlay) are now.
+
+        ``charge`` reads the call's cgroup and ``members`` lists its processes, where there is one;
+        ``give_way`` is called once, when the call has computed for long.
+        """
+        self._limits = limits
+        self._charge = charge
+        self._members = members
+        self._give_way = give_way
+        self._begun = self._quiet_since = time.monotonic()
+        self._begun_ns = time.time_ns() - _CLOCK_TICK_NS
+        self._quiet_cpu_us = 0
+        self._age = 0.0
+        self._before = [(root, found) for root in roots if (found := _used(root)) is not None]
+        self._walk: Generator[None] | None = None
+        self._grown = _Grown()
+        # How much had been added when the last walk began: the next one waits for more.
+        self._walked_bytes = self._walked_inodes = 0
+        self._walk_seconds, self._walk_at = 0.0, self._begun + _WALK_SECONDS
+
+    @property
+    def interval_seconds(self) -> float:
+        """How long to wait until the next look."""
+        if self._walk is not None and self._grown.sought:
+            return _SLICE_SECONDS
+        return next(interval for until, interval in _INTERVALS if self._age < until)
+
+    def check(self, now_seconds: float, output_seen: bool) -> str | None:
+        """Name the limit that the call exceeds, if any. ``now_seconds`` is time.monotonic()."""
+        self._age = now_seconds - self._begun
+        exceeded = self._by_account(now_seconds, output_seen) if self._charge else None
+        return exceeded or (self._by_growth(now_seconds) if self._before else None)
+
+    def close(self) -> None:
+        """Give back what an unfinished walk holds open."""
+        if self._walk is not None:
+            self._walk.close()
+
+    def _by_account(self, now_seconds: float, output_seen: bool) -> str | None:
+        charge = self._charge() if self._charge else Charge()
+        if (charge.refused_forks or 0) > _REFUSED_FORKS_MAX:
+            return "pids"
+        cpu_us = charge.cpu_us
+        if cpu_us is None:
+            return None
+        if self._limits.cpu_ms is not None and cpu_us >= self._limits.cpu_ms * 1000:
+            return "cpu"
+        # Moving a tree whose forks are being refused stalls every fork on the machine.
+        if self._give_way and cpu_us > _LONG_CPU_US and not charge.refused_forks:
+            give_way, self._give_way = self._give_way, None
+            give_way()
+        quiet = now_seconds - self._quiet_since
+        if output_seen or cpu_us - self._quiet_cpu_us > quiet * 1e6 * _IDLE_CPU_SHARE:
+            self._quiet_since, self._quiet_cpu_us = now_seconds, cpu_us
+        elif self._limits.idle_ms is not None and quiet * 1000 >= self._limits.idle_ms:
+            return "idle"
+        return None
+
+    def _by_growth(self, now_seconds: float) -> str | None:
+        used_bytes, inodes = self._added()
+        if self._walk is None:
+            # Whoever removes files meanwhile hides what is made: so a walk comes now and then.
+            due = now_seconds >= self._walk_at
+            if not self._more(used_bytes, inodes) and not due:
+                return None
+            self._walked_bytes, self._walked_inodes = used_bytes, inodes
+            self._grown, self._walk_seconds = _Grown(), 0.0
+            self._walk = self._walk_all(self._grown)
+        grown, limits = self._grown, self._limits
+        if used_bytes > limits.disk_bytes:
+            grown.bytes_max = limits.disk_bytes
+        if inodes > limits.inodes:
+            grown.inodes_max = limits.inodes
+        begun = now = time.monotonic()
+        deadline = begun + (_SLICE_SECONDS if grown.sought else _SLICE_SECONDS / 4)
+        ended = False
+        while now < deadline and not ended:
+            ended = next(self._walk, True) is True
+            now = time.monotonic()
+        self._walk_seconds += now - begun
+        if not ended:
+            return None
+        self._walk = None
+        self._walk_at = now + max(_WALK_SECONDS, _WALK_REST * self._walk_seconds)
+        return self._judge(grown)
+
+    def _more(self, used_bytes: int, inodes: int) -> bool:
+        """Tell whether enough was added since the last walk for another one."""
+        limits = self._limits
+        more_bytes = used_bytes - self._walked_bytes > limits.disk_bytes // 8
+        # There is no deeper nesting without as many new folders.
+        more_inodes = inodes - self._walked_inodes >= min(limits.depth, limits.inodes)
+        return more_inodes or (used_bytes > limits.disk_bytes and more_bytes)
+
+    def _judge(self, grown: _Grown) -> str | None:
+        # Files without a name are in no folder: then it counts what the tree has written.
+        if grown.exceeded is None and self._written() > grown.bytes_max:
+            return "disk"
+        return grown.exceeded
+
+    def _added(self) -> tuple[int, int]:
+        """Return by how many bytes and inodes the fullest-grown file system grew."""
+        used_bytes = inodes = 0
+        for root, (bytes_before, inodes_before) in self._before:
+            now = _used(root)
+            if now is not None:
+                used_bytes = max(used_bytes, now[0] - bytes_before)
+                inodes = max(inodes, now[1] - inodes_before)
+        return used_bytes, inodes
+
+    def _written(self) -> int:
+        """Return what the living processes, and the dead they waited for, have written, proc(5)."""
+        total = 0
+        for pid in self._members() if self._members else ():
+            with suppress(OSError, ValueError, KeyError):
+                with open(f"/proc/{pid}/io", "rb") as account:
+                    lines = account.read(1024).splitlines()
+                values = dict(line.split(b": ", 1) for line in lines)
+                total += int(values[b"write_bytes"]) - int(values[b"cancelled_write_bytes"])
+        return total
+
+    def _walk_all(self, grown: _Grown) -> Generator[None]:
+        roots = [root for root, _ in self._before]
+        for root in roots:
+            if not any(root != other and _inside(root, other) for other in roots):
+                # A folder that went away, or no descriptors left: the next walk tries again.
+                with suppress(OSError):
+                    yield from self._walk_one(root, grown)
+            if grown.exceeded:
+                return
+
+    def _walk_one(self, root: str, grown: _Grown) -> Generator[None]:
+        """Add up what changed below ``root``, one open folder for each level of depth."""
+        opened: list[tuple[int, list[str]]] = []
+        top = os.stat(root, follow_symlinks=False)
+        if not stat.S_ISDIR(top.st_mode):
+            self._count(top, grown)
+            return
+        try:
+            opened.append((os.open(root, _FOLDER), []))
+            yield from self._list(opened[-1], top.st_dev, len(opened), grown)
+            while opened and grown.exceeded is None:
+                folder, names = opened[-1]
+                if not names:
+                    os.close(opened.pop()[0])
+                    continue
+                with suppress(OSError):  # it may have been moved or replaced since
+                    opened.append((os.open(names.pop(), _FOLDER, dir_fd=folder), []))
+                    yield from self._list(opened[-1], top.st_dev, len(opened), grown)
+        finally:
+            for folder, _ in opened:
+                os.close(folder)
+
+    def _list(
+        self, opened: tuple[int, list[str]], device: int, depth: int, grown: _Grown
+    ) -> Generator[None]:
+        """Count the entries of one folder and note its subfolders."""
+        folder, names = opened
+        with os.scandir(folder) as entries:
+            for number, entry in enumerate(entries):
+                if number % _SLICE_ENTRIES == 0:
+                    yield
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                changed = self._count(status, grown)
+                if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
+                    if depth < self._limits.depth:
+                        names.append(entry.name)
+                    elif changed:
+                        grown.exceeded = "depth"
+                if grown.exceeded:
+                    return
+
+    def _count(self, status: os.stat_result, grown: _Grown) -> bool:
+        if status.st_ctime_ns < self._begun_ns:
+            return False
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            if status.st_ino in grown.links:
+                return True
+            grown.links.add(status.st_ino)
+        grown.inodes += 1
+        grown.used_bytes += status.st_blocks * _BLOCK_BYTES
+        if grown.used_bytes > grown.bytes_max:
+            grown.exceeded = "disk"
+        elif grown.inodes > grown.inodes_max:
+            grown.exceeded = "inodes"
+        return True
+
+
+def _used(root: str) -> tuple[int, int] | None:
+    """Return the used bytes and inodes of the file system of ``root``; None where it is gone."""
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return None
+    return (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")

@@ -1,0 +1,53 @@
+"""The profile key `workspace`: how a call's writes reach the workspace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from safeconduct.call import Profile, WorkspaceMode
+from safeconduct.errors import PolicyError
+from safeconduct.policies import narrow_profiles, parse_policy, policy_schema
+
+DIRECT, OVERLAY = WorkspaceMode.DIRECT, WorkspaceMode.OVERLAY
+
+
+def profiles(text: str, tmp_path: Path) -> dict[str, WorkspaceMode]:
+    data = f"version: 1\nprofiles: {{{text}}}\n".encode()
+    policy = parse_policy(data, name="p.yaml", workspace=tmp_path)
+    return {name: profile.workspace for name, profile in policy.profiles.items()}
+
+
+def test_it_is_direct_unless_said_and_is_copied_by_like(tmp_path: Path) -> None:
+    text = "a: {}, b: {workspace: overlay}, c: {like: b}, d: {like: b, workspace: direct}"
+    found = profiles(text, tmp_path)
+    assert found == {"a": DIRECT, "b": OVERLAY, "c": OVERLAY, "d": DIRECT}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {workspace: shadow}",
+        "a: {workspace: [overlay]}",
+        "a: {engine: wasm, workspace: overlay}",
+    ],
+)
+def test_what_nothing_can_enforce_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError) as caught:
+        profiles(text, tmp_path)
+    assert caught.value.line == 2
+
+
+@pytest.mark.parametrize("one", list(WorkspaceMode))
+@pytest.mark.parametrize("other", list(WorkspaceMode))
+def test_of_two_profiles_the_stricter_counts(one: WorkspaceMode, other: WorkspaceMode) -> None:
+    both = narrow_profiles(
+        Profile(name="a", workspace=one, write=("/w",)),
+        Profile(name="b", workspace=other, write=("/w",)),
+    )
+    assert both.workspace is (OVERLAY if OVERLAY in (one, other) else DIRECT)
+
+
+def test_the_schema_names_both() -> None:
+    assert "overlay" in str(policy_schema())

@@ -1,0 +1,1 @@
+"""Test machines: stock kernels under QEMU, with the root of this machine inside."""
