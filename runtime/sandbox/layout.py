@@ -62,6 +62,14 @@ _ETC = {
 }
 
 
+# What the mounts do not tell: folders of the root itself, and the private procfs.
+_ALWAYS: tuple[Plan, ...] = (
+    {"path": "/etc", "access": "use"},
+    {"path": "/proc", "access": "read"},
+    {"path": "/run", "access": "use"},
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What the launcher is asked to show, and the environment that goes with it."""
@@ -109,15 +117,34 @@ def lay_out(profile: Profile, tier: Tier, *, cwd: str, shield: Shield, mapped: b
                 hint="Use workspace: direct in this profile, or require: {tier: full}.",
             )
         return Layout(landlock=list(_landlock_alone(profile, shield)))
-    if overlaid:
+    base, granted_here = (
+        lay_out_base(profile),
+        lay_out_grants(profile, cwd=cwd, shield=shield, mapped=mapped),
+    )
+    return Layout(
+        mounts=[*base.mounts, *granted_here.mounts],
+        landlock=[*base.landlock, *granted_here.landlock],
+    )
+
+
+def lay_out_base(profile: Profile) -> Layout:
+    """Plan what every sandbox with these limits shows: system programs and private folders."""
+    private = list(_private(profile))
+    return Layout(
+        mounts=[*private, *_system_mounts()],
+        landlock=[*_landlock_of(private), *_ALWAYS, *_system_rules(Tier.FULL)],
+    )
+
+
+def lay_out_grants(profile: Profile, *, cwd: str, shield: Shield, mapped: bool) -> Layout:
+    """Plan what the profile adds to that, in tier full; it can be attached late."""
+    if profile.workspace is WorkspaceMode.OVERLAY:
         # A layer of its own takes every change: what may not be renamed away is so only there.
         shield = replace(shield, anchors=())
-    private = list(_private(profile))
-    shown = [*_profile_mounts(profile, mapped), *_shield_mounts(shield, mapped)]
-    mounts = [*private, *_system_mounts(), *shown]
+    mounts = [*_profile_mounts(profile, mapped), *_shield_mounts(shield, mapped)]
+    rules = list(_landlock_of(mounts))
     if cwd != "/":
         mounts.append({"kind": "folder", "target": cwd})
-    rules = [*_landlock_of([*private, *shown]), *_system_rules(tier)]
     return Layout(mounts=mounts, landlock=rules)
 
 
@@ -223,8 +250,6 @@ def _landlock_of(mounts: Iterable[Plan]) -> Iterator[Plan]:
         elif mount["kind"] in ("bind", "tmpfs", "overlay"):
             writable = mount["kind"] != "bind" or mount.get("write")
             yield {"path": target, "access": "write" if writable else "read"}
-    for path, access in (("/etc", "use"), ("/proc", "read"), ("/run", "use")):
-        yield {"path": path, "access": access}
 
 
 def _landlock_alone(profile: Profile, shield: Shield) -> Iterator[Plan]:

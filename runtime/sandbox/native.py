@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from safeconduct.call import (
     Confinement,
@@ -23,16 +22,23 @@ from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 from . import bounds, cgroup, cgroup_plan, machine, seccomp
 from .capture import Capture, Sink
 from .launcher import Launcher, Template, Waiting, encode
-from .layout import INSIDE_UID, SEARCH, Layout, environment_of, lay_out
+from .layout import (
+    SEARCH,
+    Layout,
+    environment_of,
+    lay_out,
+    lay_out_base,
+    lay_out_grants,
+)
+from .plan import Plan, Setting, identity
 from .pool import AHEAD, Pool, Pools
 from .refused import Refusals
 from .running import Running
 from .scratch import Scratches
 from .shield import Shield
 
-# Each template made by root takes a block of host ids, one for each sandbox that lives,
-# template.rs LIVING_MAX.
-_ID_BLOCK = 1024
+# How long the launcher may take to clone the mounts of one call.
+_CLONE_SECONDS = 20.0
 
 NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
 
@@ -49,23 +55,6 @@ class Program:
     stdin: bytes = b""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     descriptors: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What native/launcher/src/request.rs calls a Plan; the names are the same."""
-
-    layers: Sequence[str]
-    identity: Mapping[str, object]
-    network: str = "shared"
-    mounts: Sequence[Mapping[str, object]] = ()
-    landlock: Sequence[Mapping[str, object]] = ()
-    rlimits: Sequence[Mapping[str, object]] = ()
-    cgroups: Sequence[Mapping[str, object]] = ()
-    name: str = ""
-    scratch: str | None = None
-    late: bool = False
-    explain: bool = False
 
 
 class NativeSandbox:
@@ -100,19 +89,29 @@ class NativeSandbox:
         shield: Shield,
         sink: Sink | None = None,
         explain: bool = False,
+        late: bool = False,
     ) -> Outcome:
         """Run ``program`` to its end and return its Outcome; blocks.
 
         ``sink`` receives output as it comes, within the limit. ``explain`` counts what seccomp
-        refuses. Raises ToolFailed where there is no such program and SandboxFailed where the
-        sandbox broke; then nothing is left running.
+        refuses. ``late`` takes a sandbox that was made without the profile's folders also where
+        one with them could wait; the first call of each kind does so anyway. Raises ToolFailed
+        where there is no such program and SandboxFailed where the sandbox broke; then nothing is
+        left running.
         """
         with ExitStack() as held:
             given: dict[int, int] = dict(enumerate(program.descriptors, start=3))
             if program.stdin:
                 given[0] = seccomp.memory_file(program.stdin)
                 held.callback(os.close, given[0])
-            running = self._begin(program, profile, workspace, shield, given, explain=explain)
+            setting = Setting(
+                profile=profile,
+                workspace=workspace,
+                shield=shield,
+                cwd=program.cwd,
+                explain=explain,
+            )
+            running = self._begin(program, setting, given, late=late)
             held.callback(running.close)
             capture = Capture(profile.limits.output_bytes, sink)
             refusals = _Listening(held, profile, self._filter(profile)) if explain else None
@@ -149,12 +148,14 @@ class NativeSandbox:
     ) -> Running:
         """Start ``program`` on the given stdin, stdout and stderr and return once it executes."""
         given = dict(enumerate((*stdio, *program.descriptors)))
+        # Such a program lives long: nobody waits for the next one.
+        setting = Setting(
+            profile=profile, workspace=workspace, shield=shield, cwd=program.cwd, ahead=0
+        )
         told, tell = os.pipe2(os.O_CLOEXEC)
         try:
             try:
-                running = self._begin(
-                    program, profile, workspace, shield, {**given, -1: tell}, ahead=0
-                )
+                running = self._begin(program, setting, {**given, -1: tell})
             finally:
                 os.close(tell)
             try:
@@ -171,29 +172,40 @@ class NativeSandbox:
         self._pools.close()
         self._scratches.close()
 
+    def prepare(self, profile: Profile) -> None:
+        """Have sandboxes made for first calls with the limits of ``profile``. Does not wait."""
+        setting = Setting(profile=profile, workspace="/", shield=Shield(), cwd="/")
+        if setting.can_be_late(self.tier):
+            self._base_pool(setting).give_back()
+
     def _begin(
         self,
         program: Program,
-        profile: Profile,
-        workspace: str,
-        shield: Shield,
+        setting: Setting,
         given: Mapping[int, int],
         *,
-        explain: bool = False,
-        ahead: int | None = None,
+        late: bool = False,
     ) -> Running:
-        """Take a sandbox of the plan and tell it its program."""
+        """Take a sandbox and tell it its program."""
         if not program.argv:
             raise ToolFailed("There is no program to run.", code="tool.not_found")
         try:
             # A template that died takes its waiting sandboxes along; nothing ran in them.
             for attempt in ("first", "last"):
-                pool = self._reserve(profile, workspace, shield, program.cwd, explain, ahead)
+                key = setting.key
+                bound = setting.can_be_late(self.tier) and (
+                    late or (not self._pools.has(key) and self._pools.has(setting.base_key))
+                )
+                pool = self._base_pool(setting) if bound else self._pool(key, setting)
                 try:
-                    return self._take(pool, program, profile, given, watched=ahead is None)
+                    running = self._take(pool, program, setting, given, bound=bound)
                 except SandboxFailed as error:
                     if error.step not in ("template", "channel") or attempt == "last":
                         raise
+                    continue
+                if bound and not late:
+                    self._pool(key, setting).give_back()
+                return running
             raise SandboxFailed("There is no sandbox.", step="pool")
         except OSError as error:
             raise SandboxFailed(
@@ -204,14 +216,16 @@ class NativeSandbox:
         self,
         pool: Pool,
         program: Program,
-        profile: Profile,
+        setting: Setting,
         given: Mapping[int, int],
         *,
-        watched: bool,
+        bound: bool,
     ) -> Running:
         waiting: Waiting | None = None
         try:
             waiting = pool.take()
+            if bound:
+                self._bind(waiting, setting)
             scratch = self._scratches.path(waiting.scratch)
             environment = {**environment_of(self.tier, scratch), **program.environment}
             run = encode(
@@ -220,7 +234,7 @@ class NativeSandbox:
                     "environment": [f"{name}={value}" for name, value in environment.items()],
                     "cwd": program.cwd,
                     "search": SEARCH,
-                    "wall_ms": profile.limits.wall_ms,
+                    "wall_ms": setting.profile.limits.wall_ms,
                     "rlimits": (),
                     "descriptors": list(given),
                 }
@@ -236,41 +250,49 @@ class NativeSandbox:
         return Running(
             waiting=waiting,
             pool=pool,
-            profile=profile,
+            profile=setting.profile,
             name=program.argv[0],
             scratch=scratch,
             scratches=self._scratches,
             cgroups=self._cgroups,
-            confinement=self._confinement(profile, watched=watched),
+            confinement=self._confinement(setting.profile, watched=setting.ahead is None),
         )
 
-    def _reserve(
-        self,
-        profile: Profile,
-        workspace: str,
-        shield: Shield,
-        cwd: str,
-        explain: bool,
-        ahead: int | None,
-    ) -> Pool:
-        # A folder that is not shown has to be made for a program to start in.
-        shown = any(cwd == root or cwd.startswith(f"{root}/") for root in _roots(profile))
-        granted = tuple(_object(path) for path in (*profile.read, *profile.write))
-        key: Hashable = (
-            profile, shield, workspace, None if shown else cwd, explain, ahead, granted,
-        )  # fmt: skip
-        return self._pools.reserve(
-            key, lambda: self._template(profile, workspace, shield, cwd, explain), ahead=ahead
+    def _bind(self, waiting: Waiting, setting: Setting) -> None:
+        """Attach the folders of one call to a sandbox that was made without any."""
+        ids, mapped = identity(setting.workspace, self.tier)
+        ids |= {"uid": waiting.uid, "gid": waiting.uid if mapped else ids["gid"]}
+        grants = lay_out_grants(
+            setting.profile, cwd=setting.cwd, shield=setting.shield, mapped=mapped
         )
+        binds = [mount for mount in grants.mounts if mount["kind"] == "bind"]
+        trees = self._launcher.clone(ids, binds, _CLONE_SECONDS) if binds else []
+        try:
+            bind = encode({"mounts": grants.mounts, "landlock": grants.landlock})
+            waiting.channel.tell(bind, trees)
+        finally:
+            for tree in trees:
+                os.close(tree)
 
-    def _template(
-        self, profile: Profile, workspace: str, shield: Shield, cwd: str, explain: bool
-    ) -> Template:
-        identity, mapped = _identity(workspace, self.tier)
-        layout = lay_out(profile, self.tier, cwd=cwd, shield=shield, mapped=mapped)
-        plan = self._plan(profile, layout, identity, explain=explain)
-        program = self._filter(profile, explain=explain)
+    def _pool(self, key: Hashable, setting: Setting) -> Pool:
+        return self._pools.reserve(key, lambda: self._template(setting), ahead=setting.ahead)
+
+    def _base_pool(self, setting: Setting) -> Pool:
+        return self._pools.reserve(setting.base_key, lambda: self._base(setting.profile))
+
+    def _template(self, setting: Setting) -> Template:
+        ids, mapped = identity(setting.workspace, self.tier)
+        layout = lay_out(
+            setting.profile, self.tier, cwd=setting.cwd, shield=setting.shield, mapped=mapped
+        )
+        plan = self._plan(setting.profile, layout, ids, explain=setting.explain)
+        program = self._filter(setting.profile, explain=setting.explain)
         return self._launcher.template(self.tier, asdict(plan), program)
+
+    def _base(self, profile: Profile) -> Template:
+        ids, _ = identity(None, self.tier)
+        plan = replace(self._plan(profile, lay_out_base(profile), ids), late=True)
+        return self._launcher.template(self.tier, asdict(plan), self._filter(profile))
 
     def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
         return seccomp.compile_filter(self.tier, profile.syscalls, explain=explain)
@@ -340,32 +362,6 @@ class _Listening:
 
     def found(self) -> tuple[Refused, ...]:
         return self._refusals.found(self._profile.name) if self._refusals else ()
-
-
-def _roots(profile: Profile) -> tuple[str, ...]:
-    return (*profile.read, *profile.write, "/usr", "/tmp")  # noqa: S108 - inside the sandbox
-
-
-def _object(path: str) -> tuple[int, ...]:
-    """Name what is at ``path`` now: a folder that was replaced needs a new plan."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)
-
-
-def _identity(workspace: str, tier: Tier) -> tuple[Mapping[str, object], bool]:
-    """Choose the host ids; True when the workspace must be id-mapped to them."""
-    if not machine.is_root():
-        ids = {"uid": os.geteuid(), "gid": os.getegid(), "inside": INSIDE_UID, "owner": None}
-        return ids, False
-    block = secrets.randbelow(machine.OWN_ID_COUNT // _ID_BLOCK)
-    uid = machine.OWN_ID_FIRST + block * _ID_BLOCK
-    mapped = tier is Tier.FULL
-    status = os.stat(workspace)
-    owner = (status.st_uid, status.st_gid) if mapped else None
-    return {"uid": uid, "gid": uid, "inside": INSIDE_UID, "owner": owner}, mapped
 
 
 def survey(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> machine.Machine:

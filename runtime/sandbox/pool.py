@@ -101,6 +101,11 @@ class Pools:
             pool.busy += 1
             return pool
 
+    def has(self, key: Hashable) -> bool:
+        """Tell whether a plan has a pool that works, as far as is known."""
+        pool = self._pools.get(key)
+        return pool is not None and not pool.failed
+
     def _start_keeper(self) -> None:
         if self._keeper is None:
             self._keeper = threading.Thread(

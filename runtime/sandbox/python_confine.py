@@ -187,6 +187,7 @@ class Walls:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rights = {
             "read": _EXECUTE | _READ_FILE | _READ_DIR,
+            "use": _EXECUTE | _READ_FILE,
             "write": self._handled & ~(_MAKE_CHAR | _MAKE_BLOCK | _IOCTL_DEV),
             "list": _READ_DIR,
             "device": _READ_FILE | _WRITE_FILE,

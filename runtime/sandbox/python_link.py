@@ -102,8 +102,10 @@ class Zygote:
                     **place.setting("zygote"),
                     **walls(place, granted, in_cgroup=groups is not None),
                 }
-                descriptors = [theirs.fileno()]
-                self._running = _start(native, granted, place, setting, descriptors, None)
+                self._nesting = python_nest.nesting(native)
+                opened.callback(self._nesting.close)
+                roomy = replace(granted, limits=zygote_limits(place.profile.limits))
+                self._running = _start(self._nesting, roomy, place, setting, [theirs.fileno()])
             opened.callback(self._running.close)
             self._control = ours
             _greet(ours)
@@ -140,7 +142,10 @@ class Zygote:
             self._groups.retire(self._spare)
             self._spare = None
         self._control.close()
-        self._running.close()
+        try:
+            self._running.close()
+        finally:
+            self._nesting.close()
 
     def _fork(self) -> Hand:
         if next(self._made) + 1 >= FORKS_PER_ZYGOTE:
@@ -304,24 +309,21 @@ def _start(
     place: Place,
     setting: dict[str, object],
     descriptors: Sequence[int],
-    outputs: tuple[int, int] | None,
+    outputs: tuple[int, int] | None = None,
 ) -> Running:
-    """Start the worker; with ``outputs`` as the sandbox of one call, without as a zygote's."""
+    """Start the worker; without ``outputs`` what it prints is dropped."""
     script = os.path.realpath(python_worker.__file__)
     program = Program(argv=[*interpreter(), script], cwd="/", descriptors=descriptors)
     with ExitStack() as opened:
         source = seccomp.memory_file(msgspec.json.encode(setting))
         opened.callback(os.close, source)
-        if outputs:
-            return native.start(
-                program, granted, workspace=place.workspace, shield=place.shield,
-                stdio=(source, *outputs),
-            )  # fmt: skip
-        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        opened.callback(os.close, null)
-        return python_nest.start(
-            native, program, replace(granted, limits=zygote_limits(place.profile.limits)),
-            workspace=place.workspace, shield=place.shield, stdio=(source, null, null),
+        if outputs is None:
+            null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            opened.callback(os.close, null)
+            outputs = null, null
+        return native.start(
+            program, granted, workspace=place.workspace, shield=place.shield,
+            stdio=(source, *outputs),
         )  # fmt: skip
 
 

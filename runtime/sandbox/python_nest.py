@@ -20,7 +20,8 @@ from safeconduct.errors import SandboxUnavailable
 
 from . import seccomp
 from .layout import Layout
-from .native import NativeSandbox, Plan, Program
+from .native import NativeSandbox
+from .plan import Plan
 from .python_confine import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -28,8 +29,6 @@ from .python_confine import (
     CLONE_NEWPID,
     CLONE_NEWUSER,
 )
-from .running import Running
-from .shield import Shield
 
 # The only combinations that python_worker.py and python_confine.py ask for.
 _UNSHARES = (
@@ -62,22 +61,14 @@ class Nesting(NativeSandbox):
         return replace(plan, layers=layers, mounts=masked, landlock=())
 
     def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
-        del profile, explain
-        return nesting_filter()
+        del explain
+        return nesting_filter(profile.syscalls)
 
 
-def start(
-    native: NativeSandbox,
-    program: Program,
-    profile: Profile,
-    *,
-    workspace: str,
-    shield: Shield,
-    stdio: tuple[int, int, int],
-) -> Running:
-    """Start ``program``, which must be ours, open to nesting."""
-    inner = Nesting(native._launcher, tier=Tier.FULL, cgroups=native._cgroups)  # pyright: ignore[reportPrivateUsage]
-    return inner.start(program, profile, workspace=workspace, shield=shield, stdio=stdio)
+def nesting(native: NativeSandbox) -> Nesting:
+    """Return what starts one zygote beside ``native``; it must be open as long as the zygote is."""
+    launcher, groups = native._launcher, native._cgroups  # pyright: ignore[reportPrivateUsage]
+    return Nesting(launcher, tier=Tier.FULL, cgroups=groups, ahead=0)
 
 
 def _masks_proc(target: str) -> bool:
@@ -85,13 +76,13 @@ def _masks_proc(target: str) -> bool:
 
 
 @cache
-def nesting_filter() -> bytes:
-    """Compile the zygote's filter: that of its tier and what it needs to confine its forks."""
+def nesting_filter(syscalls: tuple[str, ...] = ()) -> bytes:
+    """Compile the zygote's filter: that of its forks and what it needs to confine them."""
     try:
         program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
         program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
         program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
-        for action, name, arguments in seccomp._rules(Tier.FULL, ()):  # pyright: ignore[reportPrivateUsage]
+        for action, name, arguments in seccomp._rules(Tier.FULL, syscalls):  # pyright: ignore[reportPrivateUsage]
             if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
                 program.add_rule(action, name, *arguments)
         for flags in _UNSHARES:

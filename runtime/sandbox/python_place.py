@@ -20,7 +20,7 @@ from .shield import Shield
 
 _SCRATCH = "/tmp"  # noqa: S108 - inside a fork, a file system of its own
 _SHM = "/dev/shm"  # noqa: S108 - as above
-_SHM_BYTES, _SCRATCH_INODES, _PAGE_BYTES = 64 << 20, 65_536, 4096
+_SHM_BYTES, _PAGE_BYTES = 64 << 20, 4096
 # The zygote lives as long as its engine; each call has a wall limit of its own.
 _SESSION_MS = 24 * 60 * 60 * 1000
 # Beyond the memory of one call: an interpreter and what a profile imports.
@@ -98,7 +98,7 @@ def walls(place: Place, granted: Profile, *, in_cgroup: bool) -> dict[str, objec
     """Describe the confinement of a fork: the same picture that the launcher makes."""
     layout = lay_out(granted, Tier.FULL, cwd="/", shield=place.shield, mapped=False)
     limits = place.profile.limits
-    options = f"nr_inodes={_SCRATCH_INODES},mode=1777"
+    options = f"nr_inodes={limits.inodes},mode=1777"
     sizes = {_SCRATCH: limits.disk_bytes, _SHM: min(_SHM_BYTES, limits.disk_bytes)}
     # tmpfs(5): a size of 0 would mean no limit at all.
     private = [(path, f"size={max(size, _PAGE_BYTES)},{options}") for path, size in sizes.items()]
@@ -114,5 +114,7 @@ def walls(place: Place, granted: Profile, *, in_cgroup: bool) -> dict[str, objec
         "private": private,
         "kept": kept,
         "rlimits": [(bound["name"], bound["value"]) for bound in rlimits],
-        "filter": base64.b64encode(seccomp.compile_filter(Tier.FULL)).decode(),
+        "filter": base64.b64encode(
+            seccomp.compile_filter(Tier.FULL, place.profile.syscalls)
+        ).decode(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeconduct.call import Engine, Outcome
+from safeconduct.call import Engine, Outcome, WorkspaceMode
 from safeconduct.errors import Denied, SandboxUnavailable
 from safeconduct.runtime.sandbox.python import PythonEngine
 from safeconduct.runtime.sandbox.shield import Shields
@@ -55,6 +55,13 @@ def call(task: Task, function: Function, engine: PythonEngine, shields: Shields)
 
 
 def _require_native(task: Task) -> None:
+    if task.profile.workspace is WorkspaceMode.OVERLAY and task.profile.write:
+        # Calls of one profile share a zygote, and so would share its overlay.
+        raise SandboxUnavailable(
+            f"{task.document.tool} has no overlay, and {task.profile.name} asks for one.",
+            missing="python-overlay",
+            hint="Name a profile without write, or with workspace: direct.",
+        )
     if task.profile.engine is not Engine.NATIVE:
         raise SandboxUnavailable(
             f"{task.document.tool} needs a native profile, and {task.profile.name} has another.",

@@ -19,7 +19,7 @@ import pytest
 
 from safeconduct.call import Limits, Outcome, Tier
 from safeconduct.runtime.sandbox.cgroup import Cgroups
-from safeconduct.runtime.sandbox.native import Plan
+from safeconduct.runtime.sandbox.plan import Plan
 
 if TYPE_CHECKING:
     from conftest import Box

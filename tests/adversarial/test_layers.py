@@ -20,7 +20,8 @@ import pytest
 from safeconduct.call import Limits, Outcome, Tier
 from safeconduct.runtime.sandbox.cgroup import Cgroups
 from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import Plan, Program
+from safeconduct.runtime.sandbox.native import Program
+from safeconduct.runtime.sandbox.plan import Plan
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:

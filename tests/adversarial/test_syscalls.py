@@ -22,7 +22,8 @@ import pyseccomp as libseccomp
 import pytest
 
 from safeconduct.call import Outcome, Tier
-from safeconduct.runtime.sandbox.native import Plan, Program
+from safeconduct.runtime.sandbox.native import Program
+from safeconduct.runtime.sandbox.plan import Plan
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:

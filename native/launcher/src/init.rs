@@ -83,7 +83,7 @@ fn build_walls(template: &Template, birth: &Birth) -> Result<Option<OwnedFd>, Fa
             let received = receive::datagram(&birth.channel)?;
             let (inline, mut trees) = received.ok_or(Failure::protocol("no bind"))?;
             let bind: Bind = request::document(&inline, &mut trees)?;
-            root.bind(&bind.mounts, trees)?;
+            root.bind(plan, &bind.mounts, trees)?;
             late = bind.landlock;
         }
     }

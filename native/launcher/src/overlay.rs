@@ -74,8 +74,13 @@ pub fn attach(
     let merged = root::fresh("overlay", &options, attributes)?;
     site.put(&merged, target, true)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(&site.fd, root::relative(upper.as_ref()), flags, Mode::empty())
-        .step_on("open", &upper)
+    rustix::fs::openat(
+        &site.fd,
+        root::relative(upper.as_ref()),
+        flags,
+        Mode::empty(),
+    )
+    .step_on("open", &upper)
 }
 
 /// Make the upper folder look like the one it lies over, which it stands for in the overlay.

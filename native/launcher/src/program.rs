@@ -115,7 +115,10 @@ fn place_descriptors(run: &Run, descriptors: Vec<OwnedFd>) -> Result<(), Failure
         return Err(Failure::protocol("not the descriptors that were announced"));
     }
     // Lifted first, so that placing one never overwrites another that is still needed.
-    let lifted = descriptors.iter().map(lift).collect::<Result<Vec<_>, _>>()?;
+    let lifted = descriptors
+        .iter()
+        .map(lift)
+        .collect::<Result<Vec<_>, _>>()?;
     drop(descriptors);
     for (target, fd) in run.descriptors.iter().zip(lifted) {
         match *target {

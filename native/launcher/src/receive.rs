@@ -14,8 +14,11 @@ const DESCRIPTORS_MAX: usize = 64;
 /// LIMIT: bytes of one datagram; what is longer comes in a memfd.
 const DATAGRAM_BYTES_MAX: usize = 8 << 10;
 
+/// Bytes, and the descriptors that came along.
+pub type Datagram = (Vec<u8>, Vec<OwnedFd>);
+
 /// Receive one datagram; `None` at end of file.
-pub fn datagram(socket: &OwnedFd) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, Failure> {
+pub fn datagram(socket: &OwnedFd) -> Result<Option<Datagram>, Failure> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut bytes = [0_u8; DATAGRAM_BYTES_MAX];
@@ -47,9 +50,7 @@ pub fn datagram(socket: &OwnedFd) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, Fai
 }
 
 /// Demand that exactly so many descriptors came along.
-pub fn exactly<const COUNT: usize>(
-    descriptors: Vec<OwnedFd>,
-) -> Result<[OwnedFd; COUNT], Failure> {
+pub fn exactly<const COUNT: usize>(descriptors: Vec<OwnedFd>) -> Result<[OwnedFd; COUNT], Failure> {
     <[OwnedFd; COUNT]>::try_from(descriptors)
         .map_err(|_| Failure::protocol("not the descriptors that belong to this request"))
 }

@@ -117,7 +117,6 @@ pub fn send_with(channel: impl AsFd, message: &Message, descriptors: &[BorrowedF
     }
     let data = [IoSlice::new(&bytes)];
     let flags = SendFlags::NOSIGNAL;
-    let _ = rustix::io::retry_on_intr(|| {
-        rustix::net::sendmsg(&channel, &data, &mut ancillary, flags)
-    });
+    let _ =
+        rustix::io::retry_on_intr(|| rustix::net::sendmsg(&channel, &data, &mut ancillary, flags));
 }

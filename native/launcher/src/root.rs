@@ -68,7 +68,11 @@ impl Root {
             .collect::<Result<Vec<_>, _>>()?;
         // An ordinary user may mount procfs only where all of one is in sight,
         // mount_namespaces(7).
-        let visible = if plan.mounts.iter().any(|mount| matches!(mount, Mount::Proc { .. })) {
+        let visible = if plan
+            .mounts
+            .iter()
+            .any(|mount| matches!(mount, Mount::Proc { .. }))
+        {
             clone_tree(OsStr::new("/proc"), true).ok()
         } else {
             None
@@ -141,8 +145,13 @@ impl Root {
     }
 
     /// Attach the mounts of one call, which somebody else has cloned, and close the root.
-    pub fn bind(&self, mounts: &[Mount], trees: Vec<OwnedFd>) -> Result<(), Failure> {
+    pub fn bind(&self, plan: &Plan, mounts: &[Mount], trees: Vec<OwnedFd>) -> Result<(), Failure> {
         let mut site = Site::here()?;
+        for mount in &plan.mounts {
+            if let Mount::Tmpfs { target, .. } = mount {
+                site.adopt(target)?;
+            }
+        }
         let mut trees = trees.into_iter();
         for (number, mount) in mounts.iter().enumerate() {
             let tree = match mount {
@@ -184,10 +193,7 @@ impl Root {
 }
 
 /// Clone the sources of bind mounts, detached, with their final attributes.
-pub fn clone_all(
-    mounts: &[Mount],
-    mapping: Option<BorrowedFd>,
-) -> Result<Vec<OwnedFd>, Failure> {
+pub fn clone_all(mounts: &[Mount], mapping: Option<BorrowedFd>) -> Result<Vec<OwnedFd>, Failure> {
     let mut trees = Vec::new();
     for mount in mounts {
         if let (Some(tree), Mount::Bind { mapped, source, .. }) = (prepare(mount)?, mount) {
@@ -249,7 +255,11 @@ fn privates(plan: &Plan) -> Vec<bool> {
 }
 
 fn targets(plan: &Plan, private: &[bool]) -> Vec<OsString> {
-    let chosen = plan.mounts.iter().zip(private).filter(|(_, private)| **private);
+    let chosen = plan
+        .mounts
+        .iter()
+        .zip(private)
+        .filter(|(_, private)| **private);
     chosen
         .map(|(mount, _)| mount.target().to_os_string())
         .collect()
@@ -316,6 +326,15 @@ impl Site {
 
     fn here() -> Result<Self, Failure> {
         Self::open(open_path(CWD, "/", ResolveFlags::empty()).step("open root")?)
+    }
+
+    /// Take a file system that was made for this sandbox for our own.
+    fn adopt(&mut self, target: &OsStr) -> Result<(), Failure> {
+        let found =
+            open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
+        let made = rustix::fs::fstat(&found).step_on("stat", target)?;
+        self.own.push(made.st_dev);
+        Ok(())
     }
 
     /// Make the stage, and on it what masks are cloned from.
@@ -408,7 +427,8 @@ impl Site {
                 overlay::reserve(self, number)?;
                 let (parent, name) = self.parent(target)?;
                 let _ = mapping;
-                self.make(&parent, name, true).step_on("mount point", &**target)
+                self.make(&parent, name, true)
+                    .step_on("mount point", &**target)
             }
             Mount::Tmpfs {
                 target,
@@ -418,9 +438,7 @@ impl Site {
             } => {
                 let tree = scratch(*bytes, *inodes, *mode)?;
                 self.put(&tree, target, true)?;
-                let made = rustix::fs::fstat(&tree).step_on("stat", &**target)?;
-                self.own.push(made.st_dev);
-                Ok(())
+                self.adopt(target)
             }
             Mount::Proc { target } => {
                 let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
@@ -467,8 +485,8 @@ impl Site {
     }
 
     fn clone_of(&self, path: &str) -> Result<OwnedFd, Failure> {
-        let found = open_path(self.fd.as_fd(), relative(path.as_ref()), beneath())
-            .step_on("open", path)?;
+        let found =
+            open_path(self.fd.as_fd(), relative(path.as_ref()), beneath()).step_on("open", path)?;
         clone_at(&found, false).step_on("clone", path)
     }
 
@@ -481,7 +499,8 @@ impl Site {
     }
 
     fn put_on(&self, tree: &OwnedFd, target: &OsStr) -> Result<(), Failure> {
-        let place = open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
+        let place =
+            open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
         move_onto(tree, &place).step_on("attach", target)
     }
 
@@ -491,7 +510,15 @@ impl Site {
         let cut = path.iter().rposition(|byte| *byte == b'/');
         let (folders, name) = cut.map_or((&path[..0], path), |at| (&path[..at], &path[at + 1..]));
         let name = OsStr::from_bytes(name);
-        if let Ok(found) = open_path(self.fd.as_fd(), if folders.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(folders) }, beneath()) {
+        if let Ok(found) = open_path(
+            self.fd.as_fd(),
+            if folders.is_empty() {
+                OsStr::new(".")
+            } else {
+                OsStr::from_bytes(folders)
+            },
+            beneath(),
+        ) {
             return Ok((found, name));
         }
         let mut current = open_path(self.fd.as_fd(), ".", beneath()).step_on("open", target)?;

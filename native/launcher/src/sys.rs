@@ -10,10 +10,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use rustix::io::Errno;
 
 /// Namespaces of a template, which its sandboxes share: nothing in them can be changed from there.
-pub const CLONE_TEMPLATE: u64 = (libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS) as u64;
+pub const CLONE_TEMPLATE: u64 =
+    (libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS) as u64;
 /// Namespaces of every sandbox of its own.
-pub const CLONE_SANDBOX: u64 =
-    (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC) as u64;
+pub const CLONE_SANDBOX: u64 = (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC) as u64;
 pub const CLONE_NEWNET: u64 = libc::CLONE_NEWNET as u64;
 pub const CLONE_NEWUSER: u64 = libc::CLONE_NEWUSER as u64;
 /// Linux 5.7, clone3(2); version 2 only.
@@ -233,7 +233,12 @@ pub fn load_filter(program: &[u8], listen: bool) -> Result<Option<OwnedFd>, Errn
     };
     // SAFETY: the kernel's `struct sock_fprog` pointing at `length` whole instructions.
     let result = check(unsafe {
-        libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program)
+        libc::syscall(
+            libc::SYS_seccomp,
+            SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
     })?;
     if !listen {
         return Ok(None);

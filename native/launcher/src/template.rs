@@ -89,11 +89,7 @@ pub struct Birth {
 }
 
 impl<'a> Template<'a> {
-    fn build(
-        plan: &'a Plan,
-        filter: Vec<u8>,
-        socket: &'a OwnedFd,
-    ) -> Result<Self, Failure> {
+    fn build(plan: &'a Plan, filter: Vec<u8>, socket: &'a OwnedFd) -> Result<Self, Failure> {
         sys::close_all_but(&[0, 1, 2, socket.as_raw_fd()]).step("close inherited descriptors")?;
         let (lifeline, life) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("lifeline")?;
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
@@ -101,7 +97,11 @@ impl<'a> Template<'a> {
         // What only the host's own tree shows, before it is left.
         let hierarchies = Hierarchies::open(&plan.cgroups)?;
         let proc = account::open_folder("/proc".as_ref())?;
-        let scratch = plan.scratch.as_deref().map(account::open_folder).transpose()?;
+        let scratch = plan
+            .scratch
+            .as_deref()
+            .map(account::open_folder)
+            .transpose()?;
         let as_root = identity::is_root();
         let mut mappings = HashMap::new();
         let root = if plan.has(Layer::Namespaces) {
@@ -205,7 +205,13 @@ impl<'a> Template<'a> {
         match cloned.step("clone namespaces") {
             Ok(None) => init::run(self, &birth),
             Ok(Some(pid)) => {
-                self.living.insert(pid, Living { slot, cgroups: name });
+                self.living.insert(
+                    pid,
+                    Living {
+                        slot,
+                        cgroups: name,
+                    },
+                );
             }
             Err(failure) => {
                 self.hierarchies.remove(&name);
@@ -226,7 +232,13 @@ impl<'a> Template<'a> {
     /// Forget in a new init what belongs to the template or to other sandboxes: a copy of its
     /// socket or of the channel's other end would hide that they were closed.
     pub fn keep_only(&self, birth: &Birth) -> Result<(), Failure> {
-        let own = [&birth.channel, &birth.stdout, &birth.stderr, &self.lifeline, &self.proc];
+        let own = [
+            &birth.channel,
+            &birth.stdout,
+            &birth.stderr,
+            &self.lifeline,
+            &self.proc,
+        ];
         let mut keep: Vec<_> = own.map(AsRawFd::as_raw_fd).to_vec();
         keep.extend([0, 1, 2, self.null.as_raw_fd()]);
         keep.extend(birth.cgroups.folders.iter().map(AsRawFd::as_raw_fd));
@@ -278,7 +290,10 @@ impl<'a> Template<'a> {
         let folder =
             rustix::fs::openat(base, name.as_str(), flags, Mode::empty()).step("open scratch")?;
         if self.as_root {
-            let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+            let (uid, gid) = (
+                rustix::fs::Uid::from_raw(uid),
+                rustix::fs::Gid::from_raw(gid),
+            );
             let flags = rustix::fs::AtFlags::EMPTY_PATH;
             rustix::fs::chownat(&folder, "", Some(uid), Some(gid), flags).step("own scratch")?;
         }

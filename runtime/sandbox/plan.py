@@ -1,0 +1,110 @@
+"""Step "sandbox": what a template is asked to make, and when two calls can have the same one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from safeconduct.call import Profile, Tier, WorkspaceMode
+
+from . import machine
+from .layout import INSIDE_UID
+from .shield import Shield
+
+# Each template made by root takes a block of host ids, one for each sandbox that lives,
+# template.rs LIVING_MAX.
+_ID_BLOCK = 1024
+# Folders that every sandbox shows; /tmp is its own.
+_ALWAYS_SHOWN = ("/usr", "/tmp")  # noqa: S108
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What native/launcher/src/request.rs calls a Plan; the names are the same."""
+
+    layers: Sequence[str]
+    identity: Mapping[str, object]
+    network: str = "shared"
+    mounts: Sequence[Mapping[str, object]] = ()
+    landlock: Sequence[Mapping[str, object]] = ()
+    rlimits: Sequence[Mapping[str, object]] = ()
+    cgroups: Sequence[Mapping[str, object]] = ()
+    name: str = ""
+    scratch: str | None = None
+    late: bool = False
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Everything of a call that its template depends on.
+
+    ``ahead`` is how many sandboxes shall wait for the next calls like it, None as many as usual.
+    """
+
+    profile: Profile
+    workspace: str
+    shield: Shield
+    cwd: str
+    explain: bool = False
+    ahead: int | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for calls that can have sandboxes of the same template.
+
+        A granted folder that was replaced by another, or by a link, needs a new one.
+        """
+        granted = tuple(_object(path) for path in (*self.profile.read, *self.profile.write))
+        # A folder that is not shown has to be made for a program to start in.
+        folder = None if self._shows(self.cwd) else self.cwd
+        return (
+            self.profile, self.workspace, self.shield, folder, self.explain, self.ahead, granted,
+        )  # fmt: skip
+
+    @property
+    def base_key(self) -> Hashable:
+        """Equal for calls whose sandboxes differ only in what can be attached late."""
+        return "late", self.profile.limits, self.profile.syscalls
+
+    def can_be_late(self, tier: Tier) -> bool:
+        """Tell whether the profile's folders can be attached when the call comes."""
+        direct = self.profile.workspace is WorkspaceMode.DIRECT
+        return tier is Tier.FULL and direct and not self.explain and self.ahead is None
+
+    def _shows(self, folder: str) -> bool:
+        roots = (*self.profile.read, *self.profile.write, *_ALWAYS_SHOWN)
+        return any(folder == root or folder.startswith(f"{root}/") for root in roots)
+
+
+def identity(workspace: str | None, tier: Tier) -> tuple[dict[str, object], bool]:
+    """Choose the host ids; True when the workspace must be id-mapped to them. Raises OSError.
+
+    Without ``workspace`` nothing is mapped yet.
+    """
+    if not machine.is_root():
+        own: dict[str, object] = {"uid": os.geteuid(), "gid": os.getegid(), "owner": None}
+        return own | {"inside": INSIDE_UID}, False
+    block = secrets.randbelow(machine.OWN_ID_COUNT // _ID_BLOCK)
+    uid = machine.OWN_ID_FIRST + block * _ID_BLOCK
+    mapped = tier is Tier.FULL and workspace is not None
+    owner = owner_of(workspace) if mapped and workspace is not None else None
+    return {"uid": uid, "gid": uid, "inside": INSIDE_UID, "owner": owner}, mapped
+
+
+def owner_of(workspace: str) -> tuple[int, int]:
+    """Return who owns a workspace on disk. Raises OSError."""
+    status = os.stat(workspace)
+    return status.st_uid, status.st_gid
+
+
+def _object(path: str) -> tuple[int, ...]:
+    """Name what is at ``path`` now."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)
