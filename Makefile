@@ -19,6 +19,7 @@ run: setup ## the demo: an agent's calls judged, confined, recorded, verified an
 	$(BIN)/python examples/demo/run.py
 
 test: setup ## every test
+	cd native && cargo test --locked --quiet
 	$(BIN)/python -m pytest
 
 test-vm: setup ## stock kernels under QEMU: cgroup v2, refused namespaces, no Landlock (minutes)
@@ -32,6 +33,7 @@ check: setup ## format, lint, types, imports, native lints, tests: what CI runs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	cd native && cargo fmt --check && cargo clippy --locked --quiet --all-targets -- -D warnings
+	cd native && cargo test --locked --quiet
 	$(BIN)/python -m pytest
 
 bench: setup ## every benchmark, quickly; see benchmarks/ for the long runs

@@ -1,6 +1,12 @@
 """How long does a whole mediated call take (judge, record, confine, run), next to posix_spawn?
 
-The path is the real one: ``Runtime.call`` with its launcher, its signer and a trace on disk.
+The path is the real one: ``Runtime.call`` with its launcher, its signer and a trace on disk. Before
+each call, untimed, all sandboxes have come to rest.
+
+call_ratio   `shell.run` of /usr/bin/true: judged, intent and decision recorded (volatile: it is a
+             local tool), started in a waiting sandbox, outcome recorded; over posix_spawn with
+             output captured by pipes and waited for
+fs_read_us   `fs.read` of a small file, which needs no sandbox
 """
 
 from __future__ import annotations
@@ -12,8 +18,8 @@ from pathlib import Path
 
 from safeconduct import Runtime
 
-from .bench_start import spawn
-from .harness import finish, interleave, options, spread
+from .harness import Measured, Options, columns, interleave, spread
+from .subject import rest, spawn
 
 _POLICY = """\
 version: 1
@@ -25,10 +31,9 @@ tools:
 """
 
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__)
-    with tempfile.TemporaryDirectory() as folder:
+def measure(chosen: Options) -> Measured:
+    """Measure one column."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         workspace = Path(folder, "workspace")
         (workspace / "src").mkdir(parents=True)
         (workspace / "file.txt").write_text("x")
@@ -43,17 +48,22 @@ def main() -> None:
                     "fs.read": lambda: runtime.call("fs.read", path="file.txt"),
                 },
                 chosen.rounds(400),
+                before=rest,
             )
-            tier = str(runtime.confinement.tier)
+            facts = {
+                "tier": str(runtime.confinement.tier),
+                "layers": " ".join(runtime.confinement.layers),
+            }
     base = statistics.median(samples["posix_spawn"])
-    figures: dict[str, object] = {
-        "call_ratio": round(statistics.median(samples["shell.run"]) / base, 2),
-        "fs_read_us": round(statistics.median(samples["fs.read"]) * 1e6, 1),
-        "tier": tier,
-    }
-    details = {f"{name}_ms": spread(times, scale=1e3) for name, times in samples.items()}
-    finish(__doc__ or "", figures, details, chosen)
+    return Measured(
+        figures={
+            "call_ratio": round(statistics.median(samples["shell.run"]) / base, 2),
+            "fs_read_us": round(statistics.median(samples["fs.read"]) * 1e6, 1),
+        },
+        details={f"{name}_ms": spread(times, scale=1e3) for name, times in samples.items()},
+        facts=facts,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    columns(__doc__, measure)

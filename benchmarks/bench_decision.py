@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safeconduct.call import Call
@@ -66,9 +67,9 @@ def main() -> None:
         for size in _SIZES:
             policy, loads[size] = policy_of(size, workspace)
             document = canonicalize(policy, shell).document
-            subjects[f"match_{size}"] = batched(lambda p=policy, d=document: decide(p, d))
-            subjects[f"whole_{size}"] = batched(lambda p=policy: whole(p, shell))
-            subjects[f"whole_path_{size}"] = batched(lambda p=policy: whole(p, read))
+            subjects[f"match_{size}"] = batched(partial(decide, policy, document))
+            subjects[f"whole_{size}"] = batched(partial(whole, policy, shell))
+            subjects[f"whole_path_{size}"] = batched(partial(whole, policy, read))
         samples = interleave(subjects, chosen.rounds(400))
     micro = {name: spread(times, scale=1e6 / _BATCH) for name, times in samples.items()}
     figures: dict[str, object] = {

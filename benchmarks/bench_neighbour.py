@@ -14,17 +14,16 @@ import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from safeconduct.call import Limits, Outcome, Profile, Tier
-from safeconduct.runtime.sandbox import cgroup
-from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.call import Limits, Outcome, Profile
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.shield import Shield
 
-from .harness import finish, options, spread
+from .harness import Measured, Options, columns, spread
+from .subject import bench
 
-_LIMITS = Limits(wall_ms=3_000, memory_bytes=128 << 20, pids=64, disk_bytes=32 << 20, inodes=2000)
+_LIMITS = Limits(memory_bytes=128 << 20, pids=64, disk_bytes=32 << 20, inodes=2000)
 _FILL = """
 import os
 for n in range(10**6):
@@ -47,7 +46,7 @@ BOMBS: Mapping[str, str] = {
 
 
 @dataclass(slots=True)
-class Bench:
+class Pair:
     """The sandbox both run in, a folder for each, and how the bombs ended."""
 
     sandbox: NativeSandbox
@@ -75,7 +74,7 @@ class Bench:
         return times
 
     @contextmanager
-    def exploding(self, code: str, ends: dict[str, int]) -> Generator[None]:
+    def exploding(self, code: str, limits: Limits, ends: dict[str, int]) -> Generator[None]:
         """Keep a bomb going, and count which limits end it."""
         stop, started = threading.Event(), threading.Event()
         folder = self.folder()
@@ -83,7 +82,7 @@ class Bench:
         def explode() -> None:
             while not stop.is_set():
                 started.set()
-                outcome = self.run(["python3", "-c", code], _LIMITS, folder)
+                outcome = self.run(["python3", "-c", code], limits, folder)
                 name = outcome.limit or f"exit {outcome.exit_code}"
                 ends[name] = ends.get(name, 0) + 1
                 for entry in os.scandir(folder):
@@ -103,39 +102,33 @@ def _p99(times: list[float]) -> float:
     return spread(times, scale=1e3)["p99"]
 
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__)
+def measure(chosen: Options) -> Measured:
+    """Measure one column."""
     figures: dict[str, object] = {}
     details: dict[str, object] = {}
-    with ExitStack() as stack:
-        launcher = Launcher()
-        stack.callback(launcher.close)
-        cgroups = cgroup.discover()
-        if cgroups is not None:
-            stack.callback(cgroups.close)
-        tier = Tier.FULL if not survey(launcher, cgroups).tiers[Tier.FULL] else Tier.LANDLOCK
-        bench = Bench(NativeSandbox(launcher, tier=tier, cgroups=cgroups), stack)
-        folder = bench.folder()
-        calls, rounds = (60, 2) if chosen.quick else (250, 6)
-        bench.neighbour(20, folder)
+    calls, rounds, wall_ms = (25, 1, 600) if chosen.quick else (250, 6, 3_000)
+    limits = replace(_LIMITS, wall_ms=wall_ms)
+    with bench() as made:
+        pair = Pair(made.sandbox(), made.stack)
+        folder = pair.folder()
+        pair.neighbour(20, folder)
         for name, code in BOMBS.items():
             alone: list[float] = []
             beside: list[float] = []
             ends: dict[str, int] = {}
             for _ in range(rounds):
-                alone += bench.neighbour(calls, folder)
-                with bench.exploding(code, ends):
-                    beside += bench.neighbour(calls, folder)
+                alone += pair.neighbour(calls, folder)
+                with pair.exploding(code, limits, ends):
+                    beside += pair.neighbour(calls, folder)
             figures[f"{name}: p99_ratio"] = round(_p99(beside) / _p99(alone), 2)
             ratio = statistics.median(beside) / statistics.median(alone)
             figures[f"{name}: median_ratio"] = round(ratio, 2)
             details[f"{name}: ended by"] = ends
             details[f"{name}: alone_ms"] = spread(alone, scale=1e3)
             details[f"{name}: beside_ms"] = spread(beside, scale=1e3)
-    details["tier"] = str(tier)
-    finish(__doc__ or "", figures, details, chosen)
+        facts = made.facts
+    return Measured(figures=figures, details=details, facts=facts)
 
 
 if __name__ == "__main__":
-    main()
+    columns(__doc__, measure, shieldable=False)

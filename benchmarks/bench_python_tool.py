@@ -3,7 +3,9 @@
 waiting_p50_ms   a fork is waiting, ready and confined: send the call, get its result, its tree gone
 cold_p50_ms      the zygote is warm, the fork is made, confined and joined to a cgroup at call time
 private_mb       memory of a waiting fork that it shares with nobody (10**6 bytes, smaps_rollup)
-python_start_ms  for comparison: `python -I -c "import json, re"` unconfined, started anew
+python_start_ms  for comparison: `python -I -S -c "import json, re"` unconfined, started anew
+
+Before each call, untimed, the forks that shall wait have been made and are at rest.
 """
 
 from __future__ import annotations
@@ -11,27 +13,22 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 from safeconduct.call import Profile, Tier
-from safeconduct.runtime.sandbox import cgroup, python
+from safeconduct.runtime.sandbox import python
 from safeconduct.runtime.sandbox.interpreter import interpreter
-from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import NativeSandbox
 from safeconduct.runtime.sandbox.python import PythonEngine
 from safeconduct.runtime.sandbox.shield import Shield
 
-from .harness import finish, interleave, options, spread
+from .harness import Measured, Options, columns, interleave, spread
+from .subject import bench, rest
 
 _IMPORTS = ("json", "re")
 _SOURCE = "def double(number):\n    return number * 2"
-# How long a fork gets to become ready again between two measured calls.
-_PAUSE_SECONDS = 0.02
 _BYTES_PER_KIB = 1024
+_FIGURES = ("waiting_p50_ms", "cold_p50_ms", "private_mb", "python_start_ms")
 
 
 def plain_start() -> None:
@@ -64,57 +61,50 @@ def private_bytes(launcher: int) -> int:
     return sum(map(int, private)) * _BYTES_PER_KIB
 
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__)
-    with ExitStack() as stack:
-        workspace = stack.enter_context(tempfile.TemporaryDirectory())
-        launcher = Launcher()
-        stack.callback(launcher.close)
-        groups = cgroup.discover()
-        if groups is not None:
-            stack.callback(groups.close)
-        sandbox = NativeSandbox(launcher, tier=Tier.FULL, cgroups=groups)
-        profile = Profile(name="bench", read=(workspace,), imports=_IMPORTS)
+def measure(chosen: Options) -> Measured:
+    """Measure one column."""
+    held: list[int] = []
+    with bench() as made:
+        if made.tier is not Tier.FULL:
+            why = f"python tools are forked in tier full only: {made.machine.tiers[Tier.FULL]}"
+            return Measured(figures=dict.fromkeys(_FIGURES, why), details={}, facts=made.facts)
+        sandbox = made.sandbox()
+        profile = Profile(name="bench", read=(made.workspace,), imports=_IMPORTS)
 
-        def engine(waiting: int) -> tuple[PythonEngine, Callable[[], object]]:
-            made = PythonEngine(sandbox, groups, waiting=waiting)
-            stack.callback(made.close)
+        def engine(waiting: int) -> Callable[[], object]:
+            engine = PythonEngine(sandbox, made.cgroups, waiting=waiting)
+            made.stack.callback(engine.close)
 
             def call() -> None:
-                done = made.run(
+                done = engine.run(
                     "bench", source=_SOURCE, function="double", value={"number": 21},
-                    profile=profile, workspace=workspace, shield=Shield(),
+                    profile=profile, workspace=made.workspace, shield=Shield(),
                 )  # fmt: skip
                 if done.value != 42 or done.confinement.layers[-1] != "python-fork":
-                    raise SystemExit(f"no fork: {made.why_no_forks}")
+                    raise SystemExit(f"no fork: {engine.why_no_forks}")
 
             call()
-            return made, call
+            return call
 
-        _, cold = engine(0)
-        samples = interleave({"cold": cold, "python_start": plain_start}, chosen.rounds(400))
-        _, waiting = engine(python.WAITING)
-        taken: list[float] = []
-        held: list[int] = []
-        for _ in range(chosen.rounds(400)):
-            time.sleep(_PAUSE_SECONDS)
-            if len(held) < 20:
-                held.append(private_bytes(os.getpid()))
-            begun = time.perf_counter()
-            waiting()
-            taken.append(time.perf_counter() - begun)
-        samples["waiting"] = taken
+        cold = engine(0)
+        rounds = chosen.rounds(400)
+        samples = interleave({"cold": cold, "python_start": plain_start}, rounds, before=rest)
+        waiting = engine(python.WAITING)
+        for _ in range(20):
+            rest()
+            held.append(private_bytes(os.getpid()))
+        samples |= interleave({"waiting": waiting}, rounds, before=rest)
+        facts = made.facts
+    medians = {name: round(statistics.median(times) * 1e3, 2) for name, times in samples.items()}
     figures: dict[str, object] = {
-        "waiting_p50_ms": round(statistics.median(samples["waiting"]) * 1e3, 2),
-        "cold_p50_ms": round(statistics.median(samples["cold"]) * 1e3, 2),
+        "waiting_p50_ms": medians["waiting"],
+        "cold_p50_ms": medians["cold"],
         "private_mb": round(statistics.median(held) / 1e6, 3),
-        "python_start_ms": round(statistics.median(samples["python_start"]) * 1e3, 2),
-        "cgroup": groups is not None,
+        "python_start_ms": medians["python_start"],
     }
     details = {f"{name}_ms": spread(times, scale=1e3) for name, times in samples.items()}
-    finish(__doc__ or "", figures, details, chosen)
+    return Measured(figures=figures, details=details, facts=facts)
 
 
 if __name__ == "__main__":
-    main()
+    columns(__doc__, measure)

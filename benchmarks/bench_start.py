@@ -1,87 +1,90 @@
 """How long does a confined `true` take, next to posix_spawn and bubblewrap?
 
-Both run `/usr/bin/true` to its end. ``cold_ratio`` is a whole sandbox made for the call, with its
-own namespaces, mounts, cgroup and workspace; there are no prepared pools in this version, so there
-is no warm figure. bubblewrap, where installed, mounts about as much and has no seccomp, no limits.
+Every subject runs /usr/bin/true to its end, has its output captured by two pipes and returns exit
+status and usage. Ours do it through ``NativeSandbox.run``, the call that the pipeline makes. All
+take turns in one run; before each, untimed, everything that earlier ones left to be made or undone
+has come to rest. Ratios are medians over the median of posix_spawn.
+
+warm_ratio        a sandbox of this profile waits: workspace bound, cgroup attached (where there is
+                  one), program of all layers loaded. Included: take it, tell it the program,
+                  execve, capture, exit status and usage, end its tree, close its line. Not
+                  included: unmaking its namespaces and cgroup, and making the next one.
+late_bound_ratio  a sandbox without folders waits; the workspace is cloned and attached at call time
+cold_ratio        nothing waits: the sandbox is made at call time, with user and network namespaces
+                  of its own; the template of the profile exists
+first_ratio       nothing waits and there is no template: the first call of a profile ever
+landlock_ratio    warm, tier landlock
+vs_bwrap          how many times faster warm is than `bwrap --unshare-all` with about the same
+                  mounts (it has no seccomp, no Landlock, no limits, no accounting)
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
-import subprocess
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 
 from safeconduct.call import Profile, Tier
-from safeconduct.runtime.sandbox import cgroup
-from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
-from safeconduct.runtime.sandbox.shield import Shield
 
-from .harness import finish, interleave, options, spread
+from .harness import Measured, Options, columns, interleave, spread
+from .subject import TRUE, Bench, OwnNetwork, bench, rest, spawn
 
-_PROGRAM = "/usr/bin/true"
-_BWRAP = [
+_BWRAP = (
     "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib",
     "--symlink", "usr/lib64", "/lib64", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
     "--unshare-all", "--die-with-parent", "--new-session",
-]  # fmt: skip
+)  # fmt: skip
 
 
-def spawn() -> None:
-    """Run the program unconfined."""
-    os.waitpid(os.posix_spawn(_PROGRAM, [_PROGRAM], {}), 0)
+def _subjects(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
+    yield "posix_spawn", spawn
+    folder = bench.workspace
+    yield "warm", bench.caller(bench.sandbox())
+    if bench.tier is Tier.FULL:
+        yield "late", bench.caller(bench.sandbox(), late=True)
+        yield "cold", bench.caller(bench.sandbox(OwnNetwork, ahead=0))
+        if not bench.machine.tiers[Tier.LANDLOCK]:
+            yield "landlock", bench.caller(bench.sandbox(tier=Tier.LANDLOCK))
+    unused = bench.sandbox(ahead=0)
+    numbers = count()
+
+    def first() -> object:
+        profile = Profile(name=f"bench-{next(numbers)}", read=(folder,), write=(folder,))
+        return bench.caller(unused, profile=profile)()
+
+    yield "first", first
+    bwrap = shutil.which("bwrap")
+    if bwrap:
+        bind = ("--bind", folder, folder, "--chdir", folder)
+        yield "bwrap", lambda: spawn((bwrap, *_BWRAP, *bind, TRUE))
 
 
-def bubblewrap(path: str) -> None:
-    """Run the program in bubblewrap."""
-    subprocess.run([path, *_BWRAP, _PROGRAM], check=True, stdout=subprocess.DEVNULL)
+def measure(chosen: Options) -> Measured:
+    """Measure one column."""
+    with bench() as made:
+        subjects = dict(_subjects(made))
+        samples = interleave(subjects, chosen.rounds(300), before=partial(rest, networks=True))
+        facts = made.facts
+    medians = {name: statistics.median(times) for name, times in samples.items()}
 
+    def ratio(name: str, to: str = "posix_spawn") -> object:
+        return round(medians[name] / medians[to], 2) if name in medians else None
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__)
-    with ExitStack() as stack:
-        workspace = stack.enter_context(tempfile.TemporaryDirectory())
-        # Tier landlock started by root has a user id of its own and no mounts: it must get in.
-        os.chmod(workspace, 0o755)  # noqa: S103 - meant
-        launcher = Launcher()
-        stack.callback(launcher.close)
-        cgroups = cgroup.discover()
-        if cgroups is not None:
-            stack.callback(cgroups.close)
-        found = survey(launcher, cgroups)
-        profile = Profile(name="bench", read=(workspace,), write=(workspace,))
-        subjects: dict[str, Callable[[], object]] = {"posix_spawn": spawn}
-
-        def confined(sandbox: NativeSandbox) -> Callable[[], object]:
-            program = Program(argv=[_PROGRAM], cwd=workspace)
-            return lambda: sandbox.run(
-                "bench", program, profile, workspace=workspace, shield=Shield()
-            )
-
-        for tier in Tier:
-            if not found.tiers[tier]:
-                sandbox = NativeSandbox(launcher, tier=tier, cgroups=cgroups)
-                subjects[str(tier)] = confined(sandbox)
-        bwrap = shutil.which("bwrap")
-        if bwrap:
-            subjects["bubblewrap"] = lambda: bubblewrap(bwrap)
-        samples = interleave(subjects, chosen.rounds(400))
-    base = statistics.median(samples["posix_spawn"])
-    ratios = {name: round(statistics.median(times) / base, 2) for name, times in samples.items()}
-    figures: dict[str, object] = {
-        "cold_ratio": ratios.get("full"),
-        "landlock_cold_ratio": ratios.get("landlock"),
-        "bubblewrap_ratio": ratios.get("bubblewrap", "bubblewrap is not installed"),
-        "missing_tiers": {str(tier): why for tier, why in found.tiers.items() if why},
-    }
-    details = {f"{name}_ms": spread(times, scale=1e3) for name, times in samples.items()}
-    finish(__doc__ or "", figures, details, chosen)
+    return Measured(
+        figures={
+            "warm_ratio": ratio("warm"),
+            "late_bound_ratio": ratio("late"),
+            "cold_ratio": ratio("cold"),
+            "first_ratio": ratio("first"),
+            "landlock_ratio": ratio("landlock"),
+            "vs_bwrap": ratio("bwrap", "warm") or "bubblewrap is not installed",
+        },
+        details={f"{name}_ms": spread(times, scale=1e3) for name, times in samples.items()},
+        facts=facts,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    columns(__doc__, measure)

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from safeconduct.call import Json, Profile
+from safeconduct.call import Json, Profile, WorkspaceMode
 from safeconduct.errors import PolicyError
 from safeconduct.syscalls import ADDABLE
 
@@ -22,6 +22,8 @@ from .load import load_policy
 from .match import Argv, PathMatcher, spell
 from .rules import Policy, Rule, ToolRules
 
+# Tools of ours that refuse a profile whose writes go to an overlay.
+_WITHOUT_OVERLAY: Final = frozenset(["fs.write", "python.run"])
 # Programs whose arguments, configuration or input make them run other programs.
 RUNS_OTHERS: Final = frozenset(
     [
@@ -147,7 +149,8 @@ def check_file(path: Path, *, workspace: Path | None = None) -> tuple[Finding, .
 def check_policy(policy: Policy) -> tuple[Finding, ...]:
     """Return what is doubtful about a policy, in the order of its lines."""
     findings: list[Finding] = []
-    for tool in policy.tools.values():
+    for name, tool in policy.tools.items():
+        findings += _no_overlay(policy, name, tool)
         findings += _swallowed(tool)
         findings += _unreachable(tool)
         findings += _runners(policy, tool)
@@ -183,6 +186,15 @@ def _is_wider(wide: Rule, narrow: Rule) -> bool:
     return all(
         name in matchers and matchers[name] == matcher for name, matcher in wide.matchers.items()
     )
+
+
+def _no_overlay(policy: Policy, name: str, tool: ToolRules) -> Iterator[Finding]:
+    for rule in tool.allow + tool.ask if name in _WITHOUT_OVERLAY else ():
+        profile = policy.profile_of(rule)
+        if profile.workspace is WorkspaceMode.OVERLAY and (profile.write or name == "fs.write"):
+            message = f"{name} has no overlay, so profile {profile.name} refuses every call of it"
+            fix = "name a profile with workspace: direct in the rule"
+            yield _at(rule, Level.ERROR, "check.no_overlay", message, fix)
 
 
 def _swallowed(tool: ToolRules) -> Iterator[Finding]:

@@ -110,6 +110,7 @@ def _profile_json(profile: Profile) -> dict[str, Json]:
     return {
         "name": profile.name,
         "engine": profile.engine.value,
+        "workspace": profile.workspace.value,
         "read": list(profile.read),
         "write": list(profile.write),
         "hide": list(profile.hide),

@@ -6,7 +6,8 @@ docs/trace-format.md lists the fields of each kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from safeconduct.attestation import TraceWriter, clear_name
@@ -18,12 +19,17 @@ from safeconduct.call import (
     Durability,
     EntryKind,
     Json,
+    KeptChanges,
     Outcome,
 )  # fmt: skip
 from safeconduct.errors import Denied, Error, LimitExceeded, ToolFailed
 
 # Tools whose effect stays on this machine; before all others the intent is on disk.
 _LOCAL_TOOLS = frozenset({"fs.read", "fs.list", "fs.write", "shell.run", "wasm.run"})
+# LIMIT: names of refused system calls in one entry.
+_REFUSED_MAX = 64
+# LIMIT: sets of changes in one entry; a profile has as many as it writes to folders.
+_SETS_MAX = 64
 
 
 class Recorder:
@@ -95,7 +101,15 @@ class Recorder:
             "truncated": outcome.truncated,
             "usage": dict(asdict(outcome.usage)),
         }
+        if outcome.refused:
+            # Most often refused first; the names are the kernel's, whatever the program is.
+            refused = outcome.refused[:_REFUSED_MAX]
+            body["refused"] = [{"syscall": one.syscall, "count": one.count} for one in refused]
+        if outcome.changes:
+            body["changes"] = [_counts(changes) for changes in outcome.changes[:_SETS_MAX]]
         results: dict[str, Json | bytes] = {"stdout": outcome.stdout, "stderr": outcome.stderr}
+        if outcome.changes:
+            results["changed"] = _sets(outcome.changes)
         if outcome.value is not None:
             results["value"] = outcome.value
         committed = {name: value for name, value in results.items() if value != b""}
@@ -135,6 +149,29 @@ class Recorder:
 def _tool_name(tool: object) -> str:
     """Return the name of a tool in clear. What is no text is named by its type alone."""
     return clear_name(tool if isinstance(tool, str) else f"not text: {type(tool).__name__}")
+
+
+def _counts(changes: KeptChanges) -> dict[str, Json]:
+    counted = ("created", "modified", "deleted", "refused", "conflicts", "later")
+    return {"id": changes.id, **{name: int(getattr(changes, name)) for name in counted}}
+
+
+def _sets(changes: Sequence[KeptChanges]) -> list[Json]:
+    """Name where each set belongs, what it holds and what of it takes effect later."""
+    return [
+        {
+            "id": one.id,
+            "workspace": _text(one.workspace),
+            "sha256": one.digest,
+            "flagged": [_text(path) for path in one.flagged],
+        }
+        for one in changes[:_SETS_MAX]
+    ]
+
+
+def _text(path: str) -> str:
+    """Spell a name that is not UTF-8 so that any encoding holds it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _confinement(confinement: Confinement) -> dict[str, Json]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -17,10 +18,20 @@ from typing import TypeVar
 import anyio.to_thread
 
 from safeconduct.attestation import SignerClient, TraceWriter
-from safeconduct.call import Call, Confinement, Json, Outcome, Tier
+from safeconduct.call import (
+    Call,
+    Confinement,
+    Engine,
+    Json,
+    Outcome,
+    Profile,
+    Tier,
+    WorkspaceMode,
+)
 from safeconduct.errors import LimitExceeded, SandboxUnavailable, TraceInvalid
 from safeconduct.policies import PROTECTED, Judged, Resolution, resolve_policy
 
+from .changes import KeptSets, Recording
 from .pipeline import Approver, Pipeline, nobody
 from .places import Places
 from .record import Recorder
@@ -29,6 +40,7 @@ from .sandbox.launcher import Launcher
 from .sandbox.layout import inside
 from .sandbox.machine import Machine
 from .sandbox.native import NativeSandbox, survey
+from .sandbox.overlay import Keeper, Recovered, Recovery
 from .sandbox.python import PythonEngine
 from .sandbox.shield import Shields
 from .sandbox.wasm import WasmEngine
@@ -36,6 +48,8 @@ from .tools.function import Functions
 from .tools.task import Sink
 from .tools.toolbox import Toolbox
 
+# LIMIT: profiles of a policy whose first calls find sandboxes that wait.
+_PREPARED_MAX = 4
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
 
 
@@ -48,12 +62,14 @@ class Runtime:
     def __init__(
         self, stack: ExitStack, pipeline: Pipeline, *, native: NativeSandbox, shields: Shields,
         recorder: Recorder, resolution: Resolution, machine: Machine, trace: Path,
-        functions: Functions,
+        functions: Functions, changes: KeptSets, recovered: Mapping[str, Recovery],
     ) -> None:  # fmt: skip
         """Take over what ``from_policy`` put up; use that."""
         self.pipeline, self.native, self.shields = pipeline, native, shields
         self.resolution, self.machine, self.trace = resolution, machine, trace
         self.session = recorder.session
+        # What calls left in overlays, and how commits ended that a crash had broken off.
+        self.changes, self.recovered = changes, recovered
         self._functions = functions
         self._stack = stack
         self._pid = os.getpid()
@@ -78,6 +94,7 @@ class Runtime:
         that tier by name. ``environment`` replaces ``os.environ`` for finding files. With
         ``explain`` an Outcome says which system calls were refused (``refused``). Raises
         PolicyError, SandboxUnavailable, SandboxFailed or TraceInvalid, and leaves nothing running.
+        A commit of changes that a crash broke off is ended first (``recovered``).
         """
         surroundings = os.environ if environment is None else environment
         resolution = resolve_policy(
@@ -92,7 +109,8 @@ class Runtime:
         _refuse_inside(judged.workspace, folder, places)
         places.prepare()
         with ExitStack() as stack:
-            machine, native = _confinement(stack, judged, tier)
+            keeper = Keeper(places.changes, workspace=judged.workspace, protected=PROTECTED)
+            machine, native = _confinement(stack, judged, tier, keeper)
             shields = _shields(stack, resolution, places, folder)
             toolbox = Toolbox(
                 native=native,
@@ -106,9 +124,12 @@ class Runtime:
                 judged.version, str(resolution.found.path), resolution.why, native.promises()
             )
             pipeline = Pipeline(judged, recorder, toolbox, approver)
+            changes = KeptSets(places=places, recording=_recording(pipeline, recorder.session))
+            recovered = _recover(judged, changes)
             return cls(
                 stack.pop_all(), pipeline, native=native, shields=shields, recorder=recorder,
                 resolution=resolution, machine=machine, trace=folder, functions=toolbox.functions,
+                changes=changes, recovered=recovered,
             )  # fmt: skip
 
     @property
@@ -217,7 +238,7 @@ def _refuse_inside(workspace: str, trace: Path, places: Places) -> None:
 
 
 def _confinement(
-    stack: ExitStack, policy: Judged, tier: Tier | None
+    stack: ExitStack, policy: Judged, tier: Tier | None, keeper: Keeper
 ) -> tuple[Machine, NativeSandbox]:
     cgroups = cgroup.discover()
     if cgroups is not None:
@@ -235,8 +256,12 @@ def _confinement(
                 hint="Leave the tier to the machine and the policy.",
             )
         chosen = tier
-    native = NativeSandbox(launcher, tier=chosen, cgroups=cgroups)
+    native = NativeSandbox(launcher, tier=chosen, cgroups=cgroups, keeper=keeper)
     stack.callback(native.close)
+    for part in policy.parts:
+        for profile in islice(part.profiles.values(), _PREPARED_MAX):
+            if profile.engine is Engine.NATIVE:
+                native.prepare(profile)
     return machine, native
 
 
@@ -248,6 +273,32 @@ def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Pa
     shields = Shields(workspace, PROTECTED, absent, frozen=frozen, lock=places.lock(workspace))
     stack.callback(shields.close)
     return shields
+
+
+def _recording(pipeline: Pipeline, session: str) -> Recording:
+    """Return what records a deed of the operator on a workspace as a Call of this session."""
+
+    @contextmanager
+    def record(tool: str, arguments: dict[str, Json]) -> Generator[Callable[[Json], None]]:
+        call = Call(
+            id=secrets.token_hex(8), tool=tool, arguments=arguments, session=session,
+            caller="operator", origin="operator",
+        )  # fmt: skip
+        with pipeline.operate(call, Profile(name="operator")) as admitted:
+            yield lambda value: pipeline.settle(admitted, Outcome(call=call.id, value=value))
+
+    return record
+
+
+def _recover(policy: Judged, changes: KeptSets) -> dict[str, Recovery]:
+    """End broken commits to the workspace, and to other folders that have overlays."""
+    folders = {policy.workspace}
+    for part in policy.parts:
+        for profile in part.profiles.values():
+            if profile.workspace is WorkspaceMode.OVERLAY:
+                folders |= {path for path in profile.write if not inside(path, policy.workspace)}
+    found = {path: changes.recover(path) for path in sorted(folders) if os.path.isdir(path)}
+    return {path: one for path, one in found.items() if one.done is not Recovered.NOTHING}
 
 
 def _wasm(stack: ExitStack, native: NativeSandbox) -> WasmEngine:

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent.parent
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 500
 BLOB_BYTES_MAX = 500_000
+LAUNCHER_LINES_MAX = 2500
+# How far above an `unsafe` block the note may begin that says why it is sound.
+SAFETY_LINES_MAX = 6
 CODE = (".py", ".rs")
 
 
@@ -44,6 +47,23 @@ def test_a_long_file_says_why_at_its_top() -> None:
             top = path.read_text()[:1000]
             said = re.search(r"\bone file\b.*\bbecause\b", top, re.IGNORECASE | re.DOTALL)
             assert said, path.name
+
+
+def test_the_launcher_is_small_and_unsafe_in_one_place() -> None:
+    """Lines that are neither blank nor comment, without its tests."""
+    count = 0
+    for path in sorted((ROOT / "native/launcher/src").glob("*.rs")):
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        code = [line for line in lines if line and not line.startswith("//")]
+        count += len(code) if path.name != "fuzz.rs" else 0
+        if path.name != "sys.rs":
+            assert not [line for line in code if re.search(r"\bunsafe\b", line)], path.name
+            continue
+        for number, line in enumerate(lines):
+            if re.search(r"\bunsafe\b", line) and not line.startswith("//"):
+                above = lines[max(0, number - SAFETY_LINES_MAX) : number]
+                assert any(note.startswith("// SAFETY:") for note in above), f"{path}:{number + 1}"
+    assert count <= LAUNCHER_LINES_MAX, count
 
 
 def test_no_large_blobs() -> None:

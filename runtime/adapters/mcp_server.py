@@ -24,7 +24,7 @@ from safeconduct.call import Call, Engine, Json, Outcome, Profile
 from safeconduct.errors import Error, PolicyError, SandboxUnavailable, ToolFailed
 from safeconduct.policies import Judged, Policy, hidden_by, narrow_profiles
 from safeconduct.runtime.pipeline import Admitted
-from safeconduct.runtime.sandbox.launcher import Exit as End
+from safeconduct.runtime.sandbox.channel import Exit as End
 from safeconduct.runtime.sandbox.layout import SEARCH, inside
 from safeconduct.runtime.sandbox.native import Program
 from safeconduct.runtime.sandbox.running import Running

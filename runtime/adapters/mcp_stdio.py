@@ -27,7 +27,7 @@ from typing import TypeAlias
 from safeconduct.call import Call
 from safeconduct.errors import Denied, Error, Exit, ProtocolError, SandboxFailed, ToolFailed
 from safeconduct.runtime.pipeline import Pipeline
-from safeconduct.runtime.sandbox.launcher import Exit as End
+from safeconduct.runtime.sandbox.channel import Exit as End
 from safeconduct.runtime.sandbox.running import Running
 
 from .frames import Frames, TooLong

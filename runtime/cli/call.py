@@ -27,6 +27,7 @@ from .outcome import (
     exit_code,
     outcome_json,
     output_json,
+    tell_changes,
     tell_refused,
 )
 from .signals import Termination
@@ -73,6 +74,7 @@ def call(
         tell_error(error)
         return error_code(error)
     tell_refused(result)
+    tell_changes(result.changes)
     code = exit_code(result)
     if as_json:
         streams = {"stdout": output_json(result.stdout), "stderr": output_json(result.stderr)}

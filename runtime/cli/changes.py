@@ -6,16 +6,15 @@ a set. Nothing here may run inside a sandbox.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from safeconduct.errors import Error, Exit, SandboxFailed
+from safeconduct.errors import Exit, SandboxFailed
+from safeconduct.runtime.changes import KeptSets, opened_workspace
 from safeconduct.runtime.places import Places
-from safeconduct.runtime.sandbox.overlay import Change, CommitReport, commit, shelf, unified
+from safeconduct.runtime.sandbox.overlay import Change, CommitReport, unified
 
 from .options import JsonOption
 from .places import refuse_inside_sandbox
@@ -29,11 +28,11 @@ _LINES_MAX = 2_000
 
 def list_changes(as_json: JsonOption = False) -> int:
     """List the kept sets of changes, newest first."""
-    folder = changes_folder(Places.of(os.environ))
+    sets = _sets()
     rows: list[dict[str, object]] = []
-    for name in shelf.shelved(folder):
+    for name in sets.names():
         try:
-            found = shelf.load(folder, name)
+            found = sets.load(name)
         except SandboxFailed as error:
             rows.append({"id": name, "error": error.code})
             continue
@@ -45,15 +44,16 @@ def list_changes(as_json: JsonOption = False) -> int:
                 "changes": len(changes),
                 "later": len(changes.later),
                 "refused": len(changes.refused),
+                "conflicts": len(changes.conflicts),
             }
         )
     if as_json:
         print_json(rows)
         return Exit.OK
     if not rows:
-        tell(f"there are no changes to decide about in {folder}")
+        tell(f"there are no changes to decide about in {sets.places.changes}")
         return Exit.OK
-    columns = ("id", "workspace", "changes", "later", "refused", "error")
+    columns = ("id", "workspace", "changes", "later", "refused", "conflicts", "error")
     print_table(columns, [[str(row.get(name, "")) for name in columns] for row in rows])
     return Exit.OK
 
@@ -64,20 +64,16 @@ def diff(
     names_only: Annotated[bool, typer.Option("--names", help="Print no text of files.")] = False,
 ) -> int:
     """Show what a set changes, and what of it takes effect later."""
-    folder = changes_folder(Places.of(os.environ))
-    found = shelf.load(folder, name)
+    sets = _sets()
+    found = sets.load(name)
     if as_json:
         print_json([change.to_json() for change in found.changes])
         return Exit.OK
-    workspace = _open_workspace(found.workspace)
-    try:
-        with shelf.opened(folder, name) as upper:
-            for change in found.changes:
-                print_line(_said(change))
-                for line in [] if names_only else _text(change, upper, workspace):
-                    print_line(f"  {line}")
-    finally:
-        os.close(workspace)
+    with opened_workspace(found.workspace) as workspace, sets.opened(name) as upper:
+        for change in found.changes:
+            print_line(_said(change))
+            for line in [] if names_only else _text(change, upper, workspace):
+                print_line(f"  {line}")
     return Exit.OK
 
 
@@ -87,57 +83,20 @@ def commit_changes(name: SetArgument, as_json: JsonOption = False) -> int:
     Exits with 125 and changes nothing where the workspace is no longer what the call saw.
     """
     refuse_inside_sandbox("changes commit")
-    places = Places.of(os.environ)
-    folder = changes_folder(places)
-    found = shelf.load(folder, name)
-    workspace = _open_workspace(found.workspace)
-    try:
-        with shelf.opened(folder, name) as upper:
-            report = commit(
-                found.changes,
-                upper=upper,
-                workspace=workspace,
-                journal=journal_folder(places, found.workspace),
-                # A set is made after the last process of its calls is gone, and nothing writes it.
-                ended=lambda: True,
-            )
-    finally:
-        os.close(workspace)
-    shelf.drop(folder, name)
-    _tell_report(report, as_json)
+    _tell_report(_sets().commit(name), as_json)
     return Exit.OK
 
 
 def rollback(name: SetArgument) -> int:
     """Forget a set; the workspace stays as it is."""
     refuse_inside_sandbox("changes rollback")
-    folder = changes_folder(Places.of(os.environ))
-    found = shelf.load(folder, name)
-    shelf.drop(folder, name)
+    found = _sets().rollback(name)
     tell(f"{len(found.changes)} changes are forgotten; {found.workspace} is as it was")
     return Exit.OK
 
 
-def changes_folder(places: Places) -> Path:
-    """Return where kept sets lie."""
-    return places.state / "changes"
-
-
-def journal_folder(places: Places, workspace: str) -> Path:
-    """Return where the journal of a workspace's commits lies."""
-    name = hashlib.sha256(os.fsencode(os.path.realpath(workspace))).hexdigest()[:32]
-    return places.state / "commits" / name
-
-
-def _open_workspace(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise Error(
-            f"{path}: {error.strerror}",
-            code="workspace.missing",
-            hint="put the workspace back where it was, or roll the changes back",
-        ) from error
+def _sets() -> KeptSets:
+    return KeptSets(places=Places.of(os.environ))
 
 
 def _said(change: Change) -> str:

@@ -60,9 +60,13 @@ def _summary(layers: Sequence[Layer], tier: Tier | None) -> str:
     if tier is None:
         return "no tier is in force here: nothing can run"
     named = {layer.name: layer for layer in layers}
-    tree = "for whole process trees" if named["cgroups"].used else "only per process (no cgroup)"
+    held = "memory and pids hold for whole process trees"
+    if not named["cgroups"].used:
+        # In tier full the user namespace counts the processes of its sandbox alone.
+        lost = "memory holds" if tier is Tier.FULL else "memory and pids hold"
+        held = f"{lost} only per process (no cgroup)"
     ids = ", each sandbox under a user id of its own" if named["separate user ids"].used else ""
-    return f"tier {tier} is in force{ids}; memory and pids hold {tree}"
+    return f"tier {tier} is in force{ids}; {held}"
 
 
 def _next(layers: Sequence[Layer]) -> str:

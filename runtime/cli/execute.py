@@ -22,6 +22,7 @@ from .outcome import (
     error_json,
     exit_code,
     outcome_json,
+    tell_changes,
     tell_refused,
 )
 from .signals import Termination
@@ -69,6 +70,7 @@ def execute(
         written.write(error_json(error, error_code(error)))
         return error_code(error)
     tell_refused(result)
+    tell_changes(result.changes)
     code = exit_code(result)
     written.write(outcome_json(result, code))
     return code

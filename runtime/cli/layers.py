@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from safeconduct.call import Limits, Tier
 from safeconduct.errors import Error
 from safeconduct.runtime.places import Places
-from safeconduct.runtime.sandbox import causes, delegation, executable
+from safeconduct.runtime.sandbox import causes, delegation, executable, shortfall
 from safeconduct.runtime.sandbox.causes import Cause
+from safeconduct.runtime.sandbox.interpreter import interpreter
 from safeconduct.runtime.sandbox.machine import LANDLOCK_ABI_ALONE
 
 if TYPE_CHECKING:
@@ -95,7 +96,12 @@ def _kernel() -> Layer:
 
 
 def _python() -> Layer:
-    return Layer(name="python", available=True, used=True, note=platform.python_version())
+    note, get = platform.python_version(), ""
+    closed = shortfall.closed_above(interpreter()[0]) if os.geteuid() == 0 else ""
+    if closed:
+        note += f"; below {closed}, so tier landlock started by root cannot run it"
+        get = "a Python in a folder that every user may enter, for that tier"
+    return Layer(name="python", available=True, used=True, note=note, get=get)
 
 
 def _around(facts: Facts) -> Layer:
@@ -181,7 +187,7 @@ def _seccomp(facts: Facts, *, used: bool) -> Layer:
 
 
 def _cgroups(found: Cgroups | None) -> Layer:
-    weaker = "; until then memory and pids hold per process"
+    weaker = "; until then memory, and in tier landlock pids, hold per process"
     if found is None:
         cause = delegation.why_none()
         return _layer("cgroups", Cause(note=cause.note + weaker, get=cause.get), used=False)

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -30,13 +31,15 @@ from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.supervisor import Runtime
 
 from .options import PolicyOption, TierOption, TraceOption, WorkspaceOption
-from .outcome import announce, error_code
+from .outcome import announce, error_code, tell_changes
 from .terminal import tell, tell_error
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # A server of such a name would take the place of our own tools, or of the record of its start.
-_RESERVED = frozenset(tool.partition(".")[0] for tool in BUILT_IN) | {"mcp", "agent"}
+_RESERVED = frozenset(tool.partition(".")[0] for tool in BUILT_IN) | {
+    "mcp", "agent", "workspace",
+}  # fmt: skip
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # LIMIT: notes about dropped frames in one session.
 _NOTES_MAX = 100
@@ -118,7 +121,8 @@ def _serve(
         if proxy is not None:
             lost = proxy.finish(why)
             owed = 0 if proxy.client_left else lost
-    runtime.pipeline.settle(start, outcome)
+    runtime.pipeline.settle(start, replace(outcome, changes=running.changes))
+    tell_changes(running.changes)
     return exit_code(end, lost=owed)
 
 

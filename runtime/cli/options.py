@@ -33,7 +33,7 @@ ExplainOption = Annotated[
     bool,
     typer.Option(
         "--explain",
-        help="Show the system calls that were refused, and what would allow them; slower.",
+        help="Show the system calls a program was refused, and what would allow them; slower.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

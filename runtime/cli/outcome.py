@@ -8,11 +8,12 @@ import os
 import stat
 import sys
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safeconduct.call import Outcome
+from safeconduct.call import KeptChanges, Outcome
 from safeconduct.errors import Denied, Error, Exit, LimitExceeded, ToolFailed
 
 from .source import UsageError
@@ -39,6 +40,25 @@ def tell_refused(outcome: Outcome) -> None:
     for one in outcome.refused:
         times = "once" if one.count == 1 else f"{one.count} times"
         tell(f"refused {times}: the system call {one.syscall}", one.remedy)
+
+
+def tell_changes(changes: Sequence[KeptChanges]) -> None:
+    """Tell what a Call left in overlays, and how to decide about it."""
+    for kept in changes:
+        notes = [
+            f"{count} {what}"
+            for count, what in (
+                (kept.later, "with effect later"),
+                (kept.refused, "refused"),
+                (kept.conflicts, "in conflict"),
+            )
+            if count
+        ]
+        said = f" ({', '.join(notes)})" if notes else ""
+        tell(
+            f"{kept.count} changes of {kept.workspace} are kept as {kept.id}{said}",
+            f"safeconduct changes diff {kept.id} (then commit or rollback)",
+        )
 
 
 def error_code(error: Error) -> int:
@@ -129,6 +149,15 @@ class Output:
 
 
 def announce(runtime: Runtime, *, explicit: bool) -> None:
-    """Tell which policy counts, unless the operator named it and it counts as it stands."""
+    """Tell which policy counts, unless the operator named it and it counts as it stands.
+
+    Also which broken commit was ended.
+    """
+    for path, recovery in runtime.recovered.items():
+        tell(f"a commit of changes to {path} had been broken off; it is {recovery.done} now")
+        for kept in recovery.kept:
+            tell(
+                f"{kept} was written meanwhile", "the other version lies beside it: .safeconduct-*"
+            )
     if not explicit or not runtime.resolution.trusted:
         tell(runtime.resolution.why)

@@ -20,6 +20,7 @@ from safeconduct.policies import (
     resolve_policy,
 )
 
+from .limits import limit_lines
 from .options import JsonOption, PolicyOption, WorkspaceOption
 from .places import refuse_inside_sandbox
 from .source import UsageError, parse_arguments, parse_source, read_source
@@ -122,16 +123,18 @@ def _considered(item: Considered, *, decided: bool) -> str:
 
 
 def _show_profile(profile: Profile) -> None:
-    limits = profile.limits
     print_line(f"  profile      {profile.name} ({profile.engine}), no network; it shows:")
     for word, paths in (
         ("read", profile.read),
         ("write", profile.write),
         ("hidden", profile.hide),
+        ("imports", profile.imports),
         ("syscalls", profile.syscalls),
     ):
         print_line(f"    {word:<10} {', '.join(paths) or 'nothing'}")
+    print_line(f"    workspace  {profile.workspace}")
     print_line(
-        f"    limits     wall {limits.wall_ms} ms, memory {limits.memory_bytes >> 20} MiB,"
-        f" {limits.pids} pids, {limits.files} files, output {limits.output_bytes >> 10} KiB"
+        "  limits, and what holds them: the whole tree, each process, or a look now and then"
     )
+    for line in limit_lines(profile):
+        print_line(f"    {line}")

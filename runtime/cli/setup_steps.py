@@ -197,7 +197,7 @@ def _delegation(root: Path) -> Step:
     return Step(
         name=name,
         state=State.NEEDED,
-        why=f"{said}: memory and pids hold only per process",
+        why=f"{said}: memory, and in tier landlock pids, hold only per process",
         file=file,
         text=text,
         apply=reload,

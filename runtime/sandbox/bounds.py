@@ -11,7 +11,7 @@ from safeconduct.call import LIMIT_FIELDS, Held, Json, Limits, Tier
 
 from . import machine
 from .cgroup import Charge
-from .launcher import Exit
+from .channel import Exit
 
 _MEMLOCK_BYTES = 64 << 10
 # Room for what the user starts while the call runs, other calls among it, where all of the user's

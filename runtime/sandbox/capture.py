@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from safeconduct.errors import SandboxFailed
 
-from .launcher import Channel, Exit
+from .channel import Channel, Exit
 from .watch import Watch
 
 Sink: TypeAlias = Callable[[str, bytes], None]
@@ -49,7 +49,6 @@ class Capture:
         poll = select.poll()
         poll.register(channel, select.POLLIN)
         for fd in streams:
-            os.set_blocking(fd, False)
             poll.register(fd, select.POLLIN)
         now = time.monotonic()
         deadline = now + wall_ms / 1000 + GRACE_SECONDS

@@ -53,19 +53,27 @@ def user_namespaces(facts: Facts) -> Cause | None:
 def _not_made(facts: Facts, trial: Trial) -> Cause:
     around, knobs = facts.around, facts.knobs
     if around.ours:
-        return Cause(note="the safeconduct sandbox around this process refuses them", get=_OUTSIDE)
+        return Cause(
+            note="the safeconduct sandbox around this process refuses user namespaces", get=_OUTSIDE
+        )
+    # Debian looks at its setting before it looks at what was asked, so it passes for a filter.
+    forbidden = knobs.get("kernel.unprivileged_userns_clone") == "0" and not _is_admin(facts)
+    if forbidden and trial.errno == errno.EPERM:
+        return Cause(note="kernel.unprivileged_userns_clone = 0", get=_SETUP)
     if facts.filtered:
         where = around.container or "container or sandbox"
-        return Cause(note=f"the seccomp filter of the {where} around refuses them ({trial})",
-                     get=_SECCOMP_OPEN)  # fmt: skip
+        return Cause(
+            note=f"the seccomp filter of the {where} around refuses user namespaces ({trial})",
+            get=_SECCOMP_OPEN,
+        )
     if trial.errno == errno.ENOSPC:
         return _used_up(facts)
     if trial.errno == errno.EUSERS:
         return Cause(note="32 user namespaces are nested already", get=_OUTSIDE)
     if trial.errno in (errno.EINVAL, errno.ENOSYS):
-        return Cause(note="this kernel was built without them", get="a kernel with CONFIG_USER_NS")
-    if knobs.get("kernel.unprivileged_userns_clone") == "0" and not _is_admin(facts):
-        return Cause(note="kernel.unprivileged_userns_clone = 0", get=_SETUP)
+        return Cause(
+            note="this kernel was built without user namespaces", get="a kernel with CONFIG_USER_NS"
+        )
     return _by_security_module(facts, trial)
 
 
@@ -95,7 +103,8 @@ def _by_security_module(facts: Facts, trial: Trial) -> Cause:
         return Cause(note=f"kernel.apparmor_restrict_unprivileged_userns = 1 ({trial})", get=_SETUP)
     if around.apparmor:
         return Cause(
-            note=f"the AppArmor profile {around.apparmor} of this process refuses them ({trial})",
+            note=f"the AppArmor profile {around.apparmor} of this process refuses user namespaces "
+            f"({trial})",
             get="start it under a profile with `userns,` "
             "(docker, podman: --security-opt apparmor=unconfined)",
         )
@@ -187,22 +196,23 @@ def landlock(facts: Facts) -> Cause | None:
     if trial.ok:
         return None
     if facts.around.ours:
-        return Cause(note=f"refused by the sandbox around ({trial})", get=_OUTSIDE)
+        return Cause(note=f"the sandbox around refuses Landlock ({trial})", get=_OUTSIDE)
     if asked == errno.EOPNOTSUPP:
         modules = ",".join(facts.security_modules or ())
         have = f" (lsm={modules})" if modules else ""
         return Cause(
-            note=f"in this kernel, but not switched on{have}",
+            note=f"Landlock is in this kernel, but not switched on{have}",
             get="boot with landlock first in the lsm= list, such as lsm=landlock,"
             f"{modules or 'lockdown,yama,integrity,apparmor,bpf'}",
         )
-    if asked == errno.ENOSYS and not facts.filtered:
+    if asked == errno.ENOSYS and not (facts.filtered and facts.around.seccomp_filter):
         return Cause(
-            note="not in this kernel", get="Linux 6.12 or newer with CONFIG_SECURITY_LANDLOCK"
+            note="Landlock is not in this kernel",
+            get="Linux 6.12 or newer with CONFIG_SECURITY_LANDLOCK",
         )
     if facts.filtered or facts.around.seccomp_filter:
-        return Cause(note=f"a seccomp filter around refuses it ({trial})", get=_SECCOMP_OPEN)
-    return Cause(note=f"does not hold ({trial})", get="Linux 6.12 or newer")
+        return Cause(note=f"a seccomp filter around refuses Landlock ({trial})", get=_SECCOMP_OPEN)
+    return Cause(note=f"Landlock does not hold ({trial})", get="Linux 6.12 or newer")
 
 
 def landlock_lacks(abi: int) -> str:
@@ -220,10 +230,12 @@ def seccomp(facts: Facts) -> Cause | None:
     if trial.ok:
         return None
     if facts.around.ours:
-        return Cause(note=f"refused by the safeconduct sandbox around ({trial})", get=_OUTSIDE)
+        return Cause(
+            note=f"the safeconduct sandbox around refuses a filter ({trial})", get=_OUTSIDE
+        )
     if facts.around.seccomp_filter:
-        return Cause(note=f"refused by the seccomp filter around ({trial})", get=_SECCOMP_OPEN)
-    return Cause(note=f"does not hold ({trial})", get="a kernel with CONFIG_SECCOMP_FILTER")
+        return Cause(note=f"the seccomp filter around refuses another ({trial})", get=_SECCOMP_OPEN)
+    return Cause(note=f"seccomp does not hold ({trial})", get="a kernel with CONFIG_SECCOMP_FILTER")
 
 
 def _is_admin(facts: Facts) -> bool:

@@ -6,9 +6,12 @@ native/launcher/src/account.rs makes, reads and removes them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 from safeconduct.call import Limits
+from safeconduct.errors import SandboxFailed
 
 from . import accounts
 from .accounts import INIT_PIDS, Charge
@@ -32,13 +35,23 @@ def charge(cgroups: Cgroups, texts: Sequence[str]) -> Charge:
     return accounts.parse(cgroups.version, _controllers(cgroups), texts)
 
 
-def opened(cgroups: Cgroups, name: str, handles: Sequence[int]) -> Cgroup:
-    """Return a living cgroup that the launcher made; ``handles`` are descriptors of its folders."""
-    controllers = _controllers(cgroups)
-    folders = {controller: cgroups.bases[controller] / name for controller in controllers}
+def opened(cgroups: Cgroups, name: str) -> Cgroup:
+    """Return a cgroup that the launcher made; without accounts where it is gone already.
+
+    Raises SandboxFailed where there are no descriptors left.
+    """
+    folders = {controller: cgroups.bases[controller] / name for controller in _controllers(cgroups)}
     found = Cgroup(version=cgroups.version, folders=folders)
-    opened_folders = dict(zip(controllers, handles, strict=False))
-    found.accounts.open(cgroups.version, opened_folders, set())
+    try:
+        with ExitStack() as held, suppress(FileNotFoundError):
+            handles: dict[str, int] = {}
+            for controller, folder in folders.items():
+                handles[controller] = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                held.callback(os.close, handles[controller])
+            found.accounts.open(cgroups.version, handles, set())
+    except OSError as error:
+        found.accounts.close()
+        raise SandboxFailed(f"The call cannot be watched: {error}.", step="cgroup") from error
     return found
 
 

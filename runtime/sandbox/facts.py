@@ -78,9 +78,10 @@ class Facts:
 
     @property
     def filtered(self) -> bool:
-        """Tell whether a seccomp filter stands before namespaces.
+        """Tell whether something answers before the kernel looks at what was asked for.
 
-        An impossible request is EINVAL to the kernel, whoever asks; a filter answers before it.
+        An impossible request is EINVAL to a stock kernel, whoever asks. What says something else is
+        a seccomp filter, or Debian's ``kernel.unprivileged_userns_clone``: ask for that first.
         """
         asked = [(call, self.trial(f"unfiltered {call}")) for call in ("unshare", "clone")]
         return any(one.step == call and one.errno != errno.EINVAL for call, one in asked)

@@ -224,17 +224,26 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
                 "inodes": limits.inodes, "mapped": mapped, "shared": False,
             }  # fmt: skip
             continue
-        yield _bind(path, path) | {"write": write, "mapped": mapped}
+        # One that lies in another is gone as soon as somebody replaces its folder outside.
+        yield _bind(path, path) | {"write": write, "mapped": mapped, "held": bool(around)}
+
+
+def overlaid(profile: Profile) -> list[str]:
+    """Return the folders that a sandbox of this profile writes through overlays, in their order."""
+    if profile.workspace is not WorkspaceMode.OVERLAY:
+        return []
+    mounts = _profile_mounts(profile, mapped=False)
+    return [str(mount["source"]) for mount in mounts if mount["kind"] == "overlay"]
 
 
 def _shield_mounts(shield: Shield, mapped: bool) -> Iterator[Plan]:
     for path in shield.anchors:
         # A mount point cannot be renamed away together with what is protected below it.
-        yield _bind(path, path) | {"write": True, "mapped": mapped}
+        yield _bind(path, path) | {"write": True, "mapped": mapped, "held": True}
     for path in shield.protected:
-        yield _bind(path, path) | {"mapped": mapped}
+        yield _bind(path, path) | {"mapped": mapped, "held": True}
     for path in shield.hidden:
-        yield {"kind": "mask", "target": path}
+        yield {"kind": "mask", "target": path, "held": True}
 
 
 def _bind(source: str, target: str) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from safeconduct.call import Tier
 from safeconduct.errors import SandboxUnavailable
@@ -89,9 +90,13 @@ def is_root() -> bool:
 
     Root of a user namespace is not: where the ids are not mapped, setresuid(2) says EINVAL.
     """
-    return os.geteuid() == 0 and all(
-        maps_own_ids(_read(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")
-    )
+    return os.geteuid() == 0 and _all_mapped()
+
+
+@cache
+def _all_mapped() -> bool:
+    # The maps of a user namespace are written once, user_namespaces(7).
+    return all(maps_own_ids(_read(f"/proc/self/{kind}_map")) for kind in ("uid", "gid"))
 
 
 def maps_own_ids(text: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
 
 from safeconduct.call import (
     Confinement,
@@ -19,9 +20,10 @@ from safeconduct.call import (
 )
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
-from . import bounds, cgroup, cgroup_plan, machine, seccomp
+from . import bounds, cgroup, cgroup_plan, machine, seccomp, shortfall
 from .capture import Capture, Sink
-from .launcher import Launcher, Template, Waiting, encode
+from .channel import STALE, encode
+from .launcher import Launcher
 from .layout import (
     SEARCH,
     Layout,
@@ -29,17 +31,23 @@ from .layout import (
     lay_out,
     lay_out_base,
     lay_out_grants,
+    overlaid,
 )
+from .overlay import Keeper, Layers
 from .plan import Plan, Setting, identity
 from .pool import AHEAD, Pool, Pools
 from .refused import Refusals
 from .running import Running
 from .scratch import Scratches
 from .shield import Shield
+from .template import Template, Waiting
 
+# LIMIT: settings that are remembered.
+_SETTINGS_MAX = 64
 # How long the launcher may take to clone the mounts of one call.
 _CLONE_SECONDS = 20.0
 
+_T = TypeVar("_T")
 NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
 
 
@@ -61,7 +69,8 @@ class NativeSandbox:
     """Starts programs under one tier. Safe to use from several threads.
 
     ``ahead`` is how many sandboxes of each plan wait for the next calls. A plan is used again
-    for every call with the same profile and shield.
+    for every call with the same profile and shield. ``keeper`` keeps what calls change in
+    overlays; without one no profile may ask for them.
     """
 
     def __init__(
@@ -71,12 +80,16 @@ class NativeSandbox:
         tier: Tier,
         cgroups: cgroup.Cgroups | None,
         ahead: int = AHEAD,
+        keeper: Keeper | None = None,
     ) -> None:
         self.tier = Tier(tier)
+        self._keeper = keeper
         self._launcher = launcher
         self._cgroups = cgroups
         self._scratches = Scratches()
         self._pools = Pools(ahead=ahead)
+        # Each holds the objects whose identity names it.
+        self._settings: dict[Hashable, Setting] = {}
         self._confinements: dict[tuple[Limits, bool, bool], Confinement] = {}
 
     def run(
@@ -99,20 +112,24 @@ class NativeSandbox:
         where there is no such program and SandboxFailed where the sandbox broke; then nothing is
         left running.
         """
-        with ExitStack() as held:
-            given: dict[int, int] = dict(enumerate(program.descriptors, start=3))
-            if program.stdin:
-                given[0] = seccomp.memory_file(program.stdin)
-                held.callback(os.close, given[0])
-            setting = Setting(
-                profile=profile,
-                workspace=workspace,
-                shield=shield,
-                cwd=program.cwd,
-                explain=explain,
-            )
+        setting = self._setting(profile, workspace, shield, program.cwd, explain=explain)
+        return _again_if_stale(lambda: self._run(call, program, setting, sink=sink, late=late))
+
+    def _run(
+        self, call: str, program: Program, setting: Setting, *, sink: Sink | None, late: bool
+    ) -> Outcome:
+        profile, explain = setting.profile, setting.explain
+        given: dict[int, int] = dict(enumerate(program.descriptors, start=3))
+        if program.stdin:
+            given[0] = seccomp.memory_file(program.stdin)
+        try:
             running = self._begin(program, setting, given, late=late)
+        finally:
+            if program.stdin:
+                os.close(given[0])
+        with ExitStack() as held:
             held.callback(running.close)
+            running.pool.reach()
             capture = Capture(profile.limits.output_bytes, sink)
             refusals = _Listening(held, profile, self._filter(profile)) if explain else None
             with closing(running.watch()) as watch:
@@ -126,8 +143,10 @@ class NativeSandbox:
                     )
                 except SandboxFailed as error:
                     raise running.translated(error) from error
+                if capture.exceeded == "depth":
+                    watch.flatten()
             running.ended = True
-            return running.outcome(
+            outcome = running.outcome(
                 call,
                 end,
                 stdout=capture.stdout,
@@ -136,6 +155,8 @@ class NativeSandbox:
                 polled=capture.exceeded,
                 refused=refusals.found() if refusals else (),
             )
+            changes = running.keep()
+            return replace(outcome, changes=changes) if changes else outcome
 
     def start(
         self,
@@ -146,12 +167,23 @@ class NativeSandbox:
         shield: Shield,
         stdio: tuple[int, int, int],
     ) -> Running:
-        """Start ``program`` on the given stdin, stdout and stderr and return once it executes."""
+        """Start ``program`` on the given stdin, stdout and stderr and return once it executes.
+
+        What it changes in overlays is kept when it is closed.
+        """
         given = dict(enumerate((*stdio, *program.descriptors)))
         # Such a program lives long: nobody waits for the next one.
         setting = Setting(
-            profile=profile, workspace=workspace, shield=shield, cwd=program.cwd, ahead=0
+            profile=profile,
+            workspace=workspace,
+            shield=shield,
+            cwd=program.cwd,
+            ahead=0,
+            tier=self.tier,
         )
+        return _again_if_stale(lambda: self._start(program, setting, given))
+
+    def _start(self, program: Program, setting: Setting, given: Mapping[int, int]) -> Running:
         told, tell = os.pipe2(os.O_CLOEXEC)
         try:
             try:
@@ -163,6 +195,7 @@ class NativeSandbox:
             except BaseException:
                 running.close()
                 raise
+            running.keeps = True
             return running
         finally:
             os.close(told)
@@ -178,6 +211,25 @@ class NativeSandbox:
         if setting.can_be_late(self.tier):
             self._base_pool(setting).give_back()
 
+    def _setting(
+        self, profile: Profile, workspace: str, shield: Shield, cwd: str, *, explain: bool
+    ) -> Setting:
+        # By identity: comparing what they hold would take longer than making it anew.
+        alike = id(profile), id(shield), workspace, cwd, explain
+        found = self._settings.get(alike)
+        if found is None:
+            if len(self._settings) >= _SETTINGS_MAX:
+                self._settings.clear()
+            found = self._settings[alike] = Setting(
+                profile=profile,
+                workspace=workspace,
+                shield=shield,
+                cwd=cwd,
+                explain=explain,
+                tier=self.tier,
+            )
+        return found
+
     def _begin(
         self,
         program: Program,
@@ -190,27 +242,36 @@ class NativeSandbox:
         if not program.argv:
             raise ToolFailed("There is no program to run.", code="tool.not_found")
         try:
-            # A template that died takes its waiting sandboxes along; nothing ran in them.
+            # A template that died takes its waiting sandboxes along, and one that was killed is not
+            # made again ("sandbox"); nothing of this call ran in them.
             for attempt in ("first", "last"):
-                key = setting.key
-                bound = setting.can_be_late(self.tier) and (
-                    late or (not self._pools.has(key) and self._pools.has(setting.base_key))
-                )
-                pool = self._base_pool(setting) if bound else self._pool(key, setting)
+                pool, bound = self._reserve(setting, late=late)
                 try:
                     running = self._take(pool, program, setting, given, bound=bound)
                 except SandboxFailed as error:
-                    if error.step not in ("template", "channel") or attempt == "last":
+                    again = error.step in ("template", "channel", "sandbox") or error.code == STALE
+                    if not again or attempt == "last":
                         raise
                     continue
                 if bound and not late:
-                    self._pool(key, setting).give_back()
+                    self._pool(setting).give_back()
                 return running
             raise SandboxFailed("There is no sandbox.", step="pool")
+        except SandboxFailed as error:
+            raise shortfall.typed(error) from error
         except OSError as error:
             raise SandboxFailed(
                 f"The sandbox could not be made: {error}.", step="prepare", errno=error.errno or 0
             ) from error
+
+    def _reserve(self, setting: Setting, *, late: bool) -> tuple[Pool, bool]:
+        """Return a pool, and whether the profile's folders still have to be attached."""
+        pool = None if late else self._pools.find(setting.key)
+        if pool is not None:
+            return pool, False
+        if setting.can_be_late(self.tier) and (late or self._pools.has(setting.base_key)):
+            return self._base_pool(setting), True
+        return self._pool(setting), False
 
     def _take(
         self,
@@ -222,8 +283,10 @@ class NativeSandbox:
         bound: bool,
     ) -> Running:
         waiting: Waiting | None = None
+        layers: Layers | None = None
         try:
-            waiting = pool.take()
+            layers = self._layers(setting)
+            waiting = layers.mount(pool.take) if layers is not None else pool.take()
             if bound:
                 self._bind(waiting, setting)
             scratch = self._scratches.path(waiting.scratch)
@@ -241,14 +304,17 @@ class NativeSandbox:
             )
             waiting.channel.tell(run, list(given.values()))
         except BaseException as error:
-            if isinstance(error, SandboxFailed) and error.step == "channel":
+            if isinstance(error, SandboxFailed) and (
+                error.step == "channel" or error.code == STALE
+            ):
                 pool.failed = True
-            if waiting is not None:
-                waiting.close()
-            pool.give_back()
+            if layers is not None:
+                layers.close()
+            pool.give_back(waiting)
             raise
         return Running(
             waiting=waiting,
+            layers=layers,
             pool=pool,
             profile=setting.profile,
             name=program.argv[0],
@@ -256,6 +322,24 @@ class NativeSandbox:
             scratches=self._scratches,
             cgroups=self._cgroups,
             confinement=self._confinement(setting.profile, watched=setting.ahead is None),
+        )
+
+    def _layers(self, setting: Setting) -> Layers | None:
+        """Open what the call will see through overlays; None for nothing."""
+        roots = overlaid(setting.profile)
+        if not roots:
+            return None
+        if self._keeper is None:
+            raise SandboxUnavailable(
+                "Nothing here keeps what a call changes in an overlay.",
+                missing="overlay:keeper",
+                hint="Use workspace: direct in this profile.",
+            )
+        shield = setting.shield
+        return self._keeper.begin(
+            roots,
+            shielded=(*shield.protected, *shield.hidden),
+            disk_bytes=setting.profile.limits.disk_bytes,
         )
 
     def _bind(self, waiting: Waiting, setting: Setting) -> None:
@@ -274,8 +358,10 @@ class NativeSandbox:
             for tree in trees:
                 os.close(tree)
 
-    def _pool(self, key: Hashable, setting: Setting) -> Pool:
-        return self._pools.reserve(key, lambda: self._template(setting), ahead=setting.ahead)
+    def _pool(self, setting: Setting) -> Pool:
+        return self._pools.reserve(
+            setting.key, lambda: self._template(setting), ahead=setting.ready
+        )
 
     def _base_pool(self, setting: Setting) -> Pool:
         return self._pools.reserve(setting.base_key, lambda: self._base(setting.profile))
@@ -345,6 +431,18 @@ class NativeSandbox:
         in_cgroup = self._cgroups is not None
         held = bounds.held(limits, self.tier, in_cgroup=in_cgroup, direct=direct, watched=watched)
         return Confinement(tier=self.tier, layers=tuple(layers), held=held)
+
+
+def _again_if_stale(attempt: Callable[[], _T]) -> _T:
+    """Try once more where somebody changed what the sandbox hides or protects after it was made:
+    its program was not started.
+    """
+    try:
+        return attempt()
+    except SandboxFailed as error:
+        if error.code != STALE:
+            raise
+    return attempt()
 
 
 class _Listening:

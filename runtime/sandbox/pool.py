@@ -1,7 +1,8 @@
 """Step "sandbox": sandboxes made ahead of the calls that will take them.
 
-A pool holds the template of one plan and keeps a few sandboxes waiting in its queue; none is ever
-used twice. The native side makes them, so refilling costs the supervisor one datagram each.
+A pool holds the template of one plan; a few sandboxes wait in its queue, and none is ever used
+twice. The native side makes them: the first ones when it is told to, and by itself another one in
+the place of each that is gone.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 from safeconduct.errors import SandboxFailed
 
-from .launcher import Template, Waiting
+from .template import Template, Waiting
 
 # LIMIT: sandboxes that wait in each pool, plans that have a pool, seconds a pool lives unused.
 AHEAD, PLANS_MAX, IDLE_SECONDS = 2, 8, 60.0
@@ -30,14 +32,17 @@ class Pool:
         self.busy = 0
         self.failed = False
         self._ahead = ahead
-        self._asked = 0
+        # How many were asked for and did not arrive here yet; how many will always be made again.
+        self._asked = self._standing = 0
+        self._at_hand: deque[Waiting] = deque()
         self._lock = threading.Lock()
 
     def take(self) -> Waiting:
         """Take a sandbox, made ahead or now. The caller has counted itself in ``busy``."""
+        with suppress(IndexError):
+            return self._at_hand.popleft()
         try:
             with self._lock:
-                self.used_at = time.monotonic()
                 if not self._asked:
                     self._ask()
                 self._asked -= 1
@@ -46,27 +51,70 @@ class Pool:
             self.failed = True
             raise
 
-    def give_back(self) -> None:
-        """Note that a call is over, and have what it took made anew."""
+    def reach(self) -> None:
+        """Have the next sandbox at hand, if one waits: for when there is time. Never waits."""
+        if self._at_hand or self.failed:
+            return
+        with self._lock:
+            if not self._asked:
+                return
+            self._asked -= 1
+        try:
+            waiting = self.template.take_ready()
+        except SandboxFailed:
+            self.failed = True  # the next call finds out
+            return
+        if waiting is None:
+            with self._lock:
+                self._asked += 1
+        else:
+            self._at_hand.append(waiting)
+            self._drop_if_failed()
+
+    def give_back(self, used: Waiting | None = None) -> None:
+        """Note that a call is over, and end its sandbox if it still lives."""
+        if used is not None:
+            used.close()
         with self._lock:
             self.busy -= 1
             self.used_at = time.monotonic()
-            if self.failed:
-                if not self.busy:
-                    self.template.close()
-                return
-            with suppress(SandboxFailed):  # the next call finds out
-                while self._asked < self._ahead:
-                    self._ask()
+            if used is not None:
+                self._asked += used.again
+            if self.failed and not self.busy:
+                self._close()
+        if not self.failed:
+            self.fill()
+
+    def fill(self) -> None:
+        """Have as many made as shall wait."""
+        with self._lock, suppress(SandboxFailed):  # the next call finds out
+            while self._standing < self._ahead:
+                self._ask()
 
     def _ask(self) -> None:
-        self.template.ask()
+        again = self._standing < self._ahead
+        self.template.ask(again=again)
+        self._standing += again
         self._asked += 1
 
     def close(self) -> None:
         """End the template and all of its sandboxes."""
         self.failed = True
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         self.template.close()
+        self._drop()
+
+    def _drop_if_failed(self) -> None:
+        if self.failed:
+            self._drop()
+
+    def _drop(self) -> None:
+        with suppress(IndexError):  # another thread may be at it too
+            while True:
+                self._at_hand.popleft().close()
 
 
 class Pools:
@@ -79,6 +127,15 @@ class Pools:
         self._closing = threading.Event()
         self._keeper: threading.Thread | None = None
         self._owner_pid = os.getpid()
+
+    def find(self, key: Hashable) -> Pool | None:
+        """Return the pool of a plan as ``reserve`` does, if there is one that works."""
+        with self._lock:
+            pool = self._pools.get(key)
+            if pool is None or pool.failed or os.getpid() != self._owner_pid:
+                return None
+            pool.busy += 1
+            return pool
 
     def reserve(
         self, key: Hashable, make: Callable[[], Template], *, ahead: int | None = None

@@ -2,8 +2,9 @@
 
 Order (each step still needs what the next one takes away): pid namespace (made by the zygote) →
 cgroups joined → mount, ipc and cgroup namespaces → its own /proc, /tmp and /dev/shm → user
-namespace → rlimits → descriptors → capabilities → Landlock → seccomp. Standard library only: the
-sandbox is granted no other file of ours. Whatever fails here ends the fork.
+namespace → rlimits → capabilities → Landlock → seccomp; python_worker.py then closes what is left
+of the zygote's descriptors. Standard library only: the sandbox is granted no other file of ours.
+Whatever fails here ends the fork.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
 from . import cgroup, python_frames, python_nest, python_worker, seccomp
 from .accounts import INIT_PIDS
+from .channel import Exit
 from .interpreter import interpreter
-from .launcher import Exit
 from .native import NativeSandbox, Program
 from .python_place import Place, walls, zygote_limits
 from .running import Running

@@ -20,7 +20,7 @@ from safeconduct.call import Confinement, Json, Limits, Outcome, Usage
 from safeconduct.errors import SandboxFailed, ToolFailed
 
 from . import bounds, cgroup, python_call, python_frames
-from .launcher import Exit
+from .channel import Exit
 from .python_link import Hand
 from .watch import Watch
 

@@ -6,16 +6,27 @@ import os
 import select
 from dataclasses import dataclass
 
-from safeconduct.call import Confinement, Outcome, Profile, Refused, Tier, Usage, WorkspaceMode
+from safeconduct.call import (
+    Confinement,
+    KeptChanges,
+    Outcome,
+    Profile,
+    Refused,
+    Tier,
+    Usage,
+    WorkspaceMode,
+)
 from safeconduct.errors import Error, SandboxFailed, ToolFailed
 
-from . import bounds, cgroup_plan
+from . import bounds, cgroup_plan, shortfall
 from .accounts import Charge
 from .capture import GRACE_SECONDS
 from .cgroup import Cgroup, Cgroups
-from .launcher import Channel, Exit, Waiting
+from .channel import STALE, Channel, Exit
+from .overlay import Layers
 from .pool import Pool
 from .scratch import Scratches
+from .template import Waiting
 from .watch import Watch
 
 _START_SECONDS = 20.0
@@ -33,6 +44,11 @@ class Running:
     scratches: Scratches
     cgroups: Cgroups | None
     confinement: Confinement
+    # The overlays that it writes to, and what they held in the end.
+    layers: Layers | None = None
+    changes: tuple[KeptChanges, ...] = ()
+    # Keep that also when it is closed.
+    keeps: bool = False
     # The program has ended and with it all that it started.
     ended: bool = False
     _cgroup: Cgroup | None = None
@@ -62,13 +78,19 @@ class Running:
             raise self.translated(error) from error
 
     def translated(self, error: SandboxFailed) -> Error:
-        """Tell a program that cannot be run from a sandbox that cannot be made."""
+        """Tell a program that cannot be run from a sandbox that cannot be made.
+
+        After one that was made for what has changed since, its template is not used again.
+        """
+        if error.code == STALE:
+            self.pool.failed = True
         if error.code != "sandbox.exec":
-            return error
+            return shortfall.typed(error)
         return ToolFailed(
             f"Cannot run {self.name!r} inside the sandbox: {os.strerror(error.errno)}.",
             code="tool.not_found",
             errno=error.errno,
+            hint=shortfall.place_hint(self.confinement.tier or Tier.FULL, error.errno),
         )
 
     def watch(self) -> Watch:
@@ -125,6 +147,19 @@ class Running:
             confinement=self.confinement,
         )
 
+    def keep(self) -> tuple[KeptChanges, ...]:
+        """Keep what the program changed in overlays. INVARIANT: all that it started has ended.
+
+        Raises LimitExceeded or SandboxFailed; then nothing is kept.
+        """
+        layers, self.layers = self.layers, None
+        if layers is not None:
+            try:
+                self.changes = layers.keep()
+            finally:
+                layers.close()
+        return self.changes
+
     def close(self) -> None:
         """End the sandbox if it still lives and wait until its processes are gone."""
         if self._closed:
@@ -133,11 +168,14 @@ class Running:
         ended = self.ended
         try:
             ended = ended or self.channel.drain(GRACE_SECONDS)
+            if ended and self.keeps:
+                self.keep()
         finally:
+            if self.layers is not None:
+                self.layers.close()
             if self._cgroup is not None:
                 self._cgroup.accounts.close()
-            self.waiting.close()
-            self.pool.give_back()
+            self.pool.give_back(self.waiting)
             self.scratches.remove(self.waiting.scratch)
         if not ended:
             raise SandboxFailed("The sandbox did not end when it was told to.", step="close")
@@ -147,5 +185,5 @@ class Running:
             if self.cgroups is None:
                 raise SandboxFailed("There is no cgroup.", step="cgroup")
             name = f"{self.pool.template.name}-{self.waiting.number}"
-            self._cgroup = cgroup_plan.opened(self.cgroups, name, self.waiting.cgroups)
+            self._cgroup = cgroup_plan.opened(self.cgroups, name)
         return self._cgroup

@@ -85,9 +85,9 @@ def remove_tree(path: str) -> None:
             while names := os.listdir(top):
                 for name in names:
                     number = _remove(top, name, prefix, number)
+        os.rmdir(path)
     except FileNotFoundError:
         return
-    os.rmdir(path)
 
 
 def _remove(top: int, name: str, prefix: str, number: int) -> int:

@@ -287,8 +287,9 @@ def memory_file(data: bytes) -> int:
     """
     fd = _memory_descriptor()
     try:
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(data)
+        written = 0
+        while written < len(data):  # write(2) takes 2 GiB at most
+            written += os.write(fd, data[written:] if written else data)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         os.fchmod(fd, 0o444)
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

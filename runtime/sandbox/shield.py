@@ -19,13 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safeconduct.call import Profile
+from safeconduct.call import Profile, WorkspaceMode
 from safeconduct.errors import SandboxFailed
 
 from . import places
+from .witness import Witness
 
 # LIMIT: entries looked at to find what a profile hides; more refuses the call.
 _ENTRIES_MAX = 200_000
+# LIMIT: profiles whose Shields are remembered.
+_PROFILES_MAX = 64
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -39,6 +42,18 @@ class Shield:
     protected: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Raised:
+    """A Shield, the names that must not appear, and what would have to change for another one.
+
+    INVARIANT: the witness looked before the Shield was made, so whatever changed since then shows.
+    """
+
+    shield: Shield
+    free: Sequence[str]
+    witness: Witness
 
 
 class Shields:
@@ -66,6 +81,7 @@ class Shields:
         self._frozen = tuple(frozen)
         self._workspace_fd = os.open(workspace, _FOLDER)
         self._lock = _share(lock) if lock is not None else None
+        self._known: dict[Profile, _Raised] = {}
 
     @contextmanager
     def raised(self, profile: Profile, hides: Callable[[str], bool]) -> Generator[Shield]:
@@ -74,26 +90,17 @@ class Shields:
         ``hides`` says of an absolute path whether the profile hides it. Raises SandboxFailed
         where a path cannot be shielded or a protected file appeared during the call.
         """
-        self._refuse_absent_grants(profile)
-        names = [name for name in self._protected if self._exposed(profile, name)]
-        kept = [path for path in self._frozen if self._freeze(profile, path)]
-        for name in names:
-            self._refuse_links(self._path(name), self._workspace)
-            kept.append(self._path(self._hold_place(name)))
-        kept = [path for path in dict.fromkeys(kept) if os.path.lexists(path)]
-        free = [name for name in names if not os.path.lexists(self._path(name))]
-        hidden = [path for path in self._absent if _granted(profile, path)]
-        if profile.hide:
-            hidden += _find_hidden(profile, hides)
-        hidden = _outermost(path for path in hidden if os.path.lexists(path))
-        held = [*kept, *hidden, *(self._path(name) for name in free)]
-        shield = Shield(
-            protected=tuple(kept), hidden=tuple(hidden), anchors=_anchors(profile, held)
-        )
+        raised = self._known.get(profile)
+        if raised is None or not raised.witness.unchanged():
+            raised = self._raise(profile, hides)
+            if len(self._known) >= _PROFILES_MAX:
+                self._known.clear()
+            self._known[profile] = raised
         try:
-            yield shield
+            yield raised.shield
         finally:
-            self._set_aside(free)
+            if raised.free and not raised.witness.unchanged():
+                self._set_aside(raised.free)
 
     def close(self) -> None:
         """Remove the empty folders made here, if this process is the last one to need them."""
@@ -115,6 +122,36 @@ class Shields:
     def freezes(self, path: str) -> bool:
         """Tell whether an absolute real path is a file that no tool may change."""
         return any(path == os.path.realpath(frozen) for frozen in self._frozen)
+
+    def _raise(self, profile: Profile, hides: Callable[[str], bool]) -> _Raised:
+        self._refuse_absent_grants(profile)
+        names = [name for name in self._protected if self._exposed(profile, name)]
+        kept = [path for path in self._frozen if self._freeze(profile, path)]
+        absent = [path for path in self._absent if _granted(profile, path)]
+        witness = Witness()
+        for path in (*kept, *absent, *(self._path(name) for name in names)):
+            for root in (self._workspace, *profile.read, *profile.write):
+                if _within(path, root):
+                    witness.add(root)
+                    for folder in folders_between(root, path):
+                        witness.add(folder)
+        # Through an overlay no name reaches the workspace: what is missing needs no place held, and
+        # what appears there is not this call's (overlay/names.py says what is never copied out).
+        direct = profile.workspace is WorkspaceMode.DIRECT
+        for name in names:
+            self._refuse_links(self._path(name), self._workspace)
+            kept.append(self._path(self._hold_place(name) if direct else name))
+        kept = [path for path in dict.fromkeys(kept) if os.path.lexists(path)]
+        free = [name for name in names if direct and not os.path.lexists(self._path(name))]
+        hidden = absent
+        if profile.hide:
+            hidden += _find_hidden(profile, hides, witness)
+        hidden = _outermost(path for path in hidden if os.path.lexists(path))
+        held = [*kept, *hidden, *(self._path(name) for name in free)]
+        shield = Shield(
+            protected=tuple(_outermost(kept)), hidden=tuple(hidden), anchors=_anchors(profile, held)
+        )
+        return _Raised(shield=shield, free=free, witness=witness)
 
     def _refuse_absent_grants(self, profile: Profile) -> None:
         for root in (*profile.read, *profile.write):
@@ -140,7 +177,7 @@ class Shields:
         return os.path.join(self._workspace, name.rstrip("/"))
 
     def _refuse_links(self, path: str, root: str) -> None:
-        for part in (*_folders_between(root, path), path):
+        for part in (*folders_between(root, path), path):
             if os.path.islink(part):
                 raise SandboxFailed(
                     f"{part} is a symbolic link, so it cannot be protected from the tool.",
@@ -181,13 +218,13 @@ def _anchors(profile: Profile, held: Sequence[str]) -> tuple[str, ...]:
         for path in held
         for root in profile.write
         if _within(path, root)
-        for folder in _folders_between(root, path)
+        for folder in folders_between(root, path)
         if os.path.isdir(folder)
     }
     return tuple(sorted(anchors))
 
 
-def _folders_between(root: str, path: str) -> Iterator[str]:
+def folders_between(root: str, path: str) -> Iterator[str]:
     """Yield the folders below ``root`` and above ``path``, outermost first."""
     current = root
     for part in path.removeprefix(root).strip("/").split("/")[:-1]:
@@ -228,7 +265,7 @@ def _granted(profile: Profile, path: str) -> bool:
     return any(_within(path, root) for root in (*profile.read, *profile.write))
 
 
-def _find_hidden(profile: Profile, hides: Callable[[str], bool]) -> Iterator[str]:
+def _find_hidden(profile: Profile, hides: Callable[[str], bool], witness: Witness) -> Iterator[str]:
     waiting = sorted({*profile.read, *profile.write})
     seen = 0
     while waiting:
@@ -236,6 +273,7 @@ def _find_hidden(profile: Profile, hides: Callable[[str], bool]) -> Iterator[str
         if hides(folder):
             yield folder
             continue
+        witness.add(folder)
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:

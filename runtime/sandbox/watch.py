@@ -21,14 +21,17 @@ from dataclasses import dataclass, field
 
 from safeconduct.call import Limits
 
+from . import deep
 from .cgroup import Charge
 
 # (until so many seconds of the call, look every so many seconds)
 _INFINITE = float("inf")
-_INTERVALS = ((1.0, 0.05), (10.0, 0.1), (_INFINITE, 0.25))
-# LIMIT: a walk goes on so long at each look, and a quarter of it where nothing is suspected yet. It
-# sees so many entries between looks at the clock.
-_SLICE_SECONDS, _SLICE_ENTRIES = 0.02, 128
+_INTERVALS = ((0.3, 0.01), (1.0, 0.05), (10.0, 0.1), (_INFINITE, 0.25))
+# LIMIT: a walk goes on so long at each look where nothing is suspected yet, and so long where the
+# file system says that a limit was passed: what made it may be removing it again. It sees so many
+# entries between looks at the clock.
+_SLICE_SECONDS, _SOUGHT_SECONDS, _SLICE_ENTRIES = 0.005, 0.05, 128
+_SOUGHT_REST_SECONDS = 0.02
 # LIMIT: a walk that nothing calls for takes a fiftieth of the time, and comes after two seconds.
 _WALK_SECONDS, _WALK_REST = 2.0, 50
 # A program whose forks are refused gives up or waits; one that goes on so often is a bomb.
@@ -100,7 +103,7 @@ class Watch:
     def interval_seconds(self) -> float:
         """How long to wait until the next look."""
         if self._walk is not None and self._grown.sought:
-            return _SLICE_SECONDS
+            return _SOUGHT_REST_SECONDS
         return next(interval for until, interval in _INTERVALS if self._age < until)
 
     def check(self, now_seconds: float, output_seen: bool) -> str | None:
@@ -108,6 +111,12 @@ class Watch:
         self._age = now_seconds - self._begun
         exceeded = self._by_account(now_seconds, output_seen) if self._charge else None
         return exceeded or (self._by_growth(now_seconds) if self._before else None)
+
+    def flatten(self) -> None:
+        """Bring what the call, which is over, nested too deep to where it can be removed."""
+        for root, _ in self._before:
+            with suppress(OSError):  # gone, or no descriptors left: then it stays deep
+                deep.flatten(root, self._limits.depth, self._begun_ns)
 
     def close(self) -> None:
         """Give back what an unfinished walk holds open."""
@@ -150,7 +159,7 @@ class Watch:
         if inodes > limits.inodes:
             grown.inodes_max = limits.inodes
         begun = now = time.monotonic()
-        deadline = begun + (_SLICE_SECONDS if grown.sought else _SLICE_SECONDS / 4)
+        deadline = begun + (_SOUGHT_SECONDS if grown.sought else _SLICE_SECONDS)
         ended = False
         while now < deadline and not ended:
             ended = next(self._walk, True) is True

@@ -12,8 +12,8 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from safeconduct.call import Json, Outcome, Usage
-from safeconduct.errors import LimitExceeded, ToolFailed
+from safeconduct.call import Json, Outcome, Usage, WorkspaceMode
+from safeconduct.errors import LimitExceeded, SandboxUnavailable, ToolFailed
 
 from .task import Object, Task
 
@@ -73,6 +73,13 @@ def _listed(entry: os.DirEntry[str]) -> str:
 
 def write(task: Task) -> Outcome:
     """Replace the content of a file, or create it; ``value`` is the number of bytes written."""
+    if task.profile.workspace is WorkspaceMode.OVERLAY:
+        # We write on the very object that was judged, and that one lies in the workspace itself.
+        raise SandboxUnavailable(
+            f"fs.write has no overlay, and {task.profile.name} asks for one.",
+            missing="overlay:fs.write",
+            hint="Name a profile with workspace: direct in the rule, or write with shell.run.",
+        )
     started = time.monotonic()
     content = str(task.document.arguments["content"]).encode()
     if len(content) > task.profile.limits.disk_bytes:

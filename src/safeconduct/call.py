@@ -144,7 +144,7 @@ class Limits:
     pids: int = 64
     files: int = 1024
     disk_bytes: int = 256 << 20
-    inodes: int = 65_536
+    inodes: int = 8192
     depth: int = 256
     file_bytes: int | None = None
     output_bytes: int = 1 << 20
@@ -251,12 +251,41 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptChanges:
+    """What a Call changed in an overlay: a set that is kept until somebody decides about it.
+
+    ``id`` names the set, ``workspace`` is the absolute folder it belongs to. The counts are of
+    files, folders and links; ``modified`` are also changed modes. ``refused`` are never copied
+    out, ``conflicts`` stand against the commit of the set. ``later`` counts what takes effect
+    outside of every sandbox, and ``flagged`` names the first of these, relative to the workspace:
+    hostile text. ``digest`` is the SHA-256 of the whole list of changes. (docs/workspace.md)
+    """
+
+    id: str
+    workspace: str
+    created: int = 0
+    modified: int = 0
+    deleted: int = 0
+    refused: int = 0
+    conflicts: int = 0
+    later: int = 0
+    flagged: tuple[str, ...] = ()
+    digest: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many entries differ, the refused ones among them."""
+        return self.created + self.modified + self.deleted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of a Call that ran: its result, exit and use.
 
     ``value`` is the result of a tool we execute ourselves. ``stdout`` and ``stderr`` are raw
     bytes of a program, cut at ``output_bytes`` (then ``truncated``). ``limit`` names the bound
     that ended the Call, if one did. ``refused`` is what seccomp refused, where it was asked for.
+    ``changes`` are the sets that it left in overlays, one for each workspace.
     """
 
     call: str
@@ -268,6 +297,7 @@ class Outcome:
     truncated: bool = False
     limit: str | None = None
     refused: tuple[Refused, ...] = ()
+    changes: tuple[KeptChanges, ...] = ()
     usage: Usage = field(default_factory=Usage)
     confinement: Confinement = field(default_factory=lambda: Confinement(tier=None))
 

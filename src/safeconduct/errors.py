@@ -123,9 +123,15 @@ class SandboxFailed(Error):
     default_code = "sandbox.failed"
 
     def __init__(
-        self, message: str, *, step: str = "", errno: int = 0, code: str | None = None
+        self,
+        message: str,
+        *,
+        step: str = "",
+        errno: int = 0,
+        code: str | None = None,
+        hint: str = "",
     ) -> None:
-        super().__init__(message, code=code)
+        super().__init__(message, code=code, hint=hint)
         self.step, self.errno = step, errno
 
 
@@ -144,8 +150,10 @@ class ToolFailed(Error):
 
     default_code = "tool.failed"
 
-    def __init__(self, message: str, *, code: str | None = None, errno: int = 0) -> None:
-        super().__init__(message, code=code)
+    def __init__(
+        self, message: str, *, code: str | None = None, errno: int = 0, hint: str = ""
+    ) -> None:
+        super().__init__(message, code=code, hint=hint)
         self.errno = errno
 
 

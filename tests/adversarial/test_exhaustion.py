@@ -6,25 +6,23 @@ Each attack first reaches its goal with the one limit raised, in the same sandbo
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from tests.conftest import Box
 
 from safeconduct.call import Limits, Outcome, Tier
 from safeconduct.runtime.sandbox.cgroup import Cgroups
-from safeconduct.runtime.sandbox.plan import Plan
-
-if TYPE_CHECKING:
-    from conftest import Box
-
-    Weaken = Callable[[Callable[[Plan], Plan]], Box]
+from safeconduct.runtime.sandbox.launcher import Launcher
+from safeconduct.runtime.sandbox.native import NativeSandbox
 
 # What no attack here reaches. Each test lowers the one limit it is about.
 AMPLE = Limits(
@@ -52,6 +50,17 @@ def standing(cgroups: Cgroups | None) -> list[str]:
     return [folder.name for base in bases for folder in base.glob(f"safeconduct-{os.getpid()}-*")]
 
 
+@pytest.fixture
+def box(
+    sandbox: NativeSandbox, launcher: Launcher, cgroups: Cgroups | None, workspace: Path
+) -> Iterator[Box]:
+    """A box that has no sandbox waiting for the next call, so that all that stands was left."""
+    with closing(
+        NativeSandbox(launcher, tier=sandbox.tier, cgroups=cgroups, ahead=0)
+    ) as none_ahead:
+        yield Box(none_ahead, workspace)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(
     box: Box, cgroups: Cgroups | None, monkeypatch: pytest.MonkeyPatch
@@ -64,12 +73,14 @@ def nothing_left(
     before = resident_bytes()
     yield
     assert resident_bytes() - before < FLAT_BYTES
-    assert os.listdir(scratches) == []
-    scratches.rmdir()
+    assert list(scratches.glob("*/*")) == []
     deadline = time.monotonic() + 10
     while standing(cgroups) or carrying(str(box.workspace)):
         assert time.monotonic() < deadline, (standing(cgroups), carrying(str(box.workspace)))
         time.sleep(0.01)
+    box.sandbox.close()
+    assert os.listdir(scratches) == []
+    scratches.rmdir()
 
 
 def carrying(marker: str) -> list[str]:
@@ -92,6 +103,11 @@ def attack(box: Box, code: str, **limits: int | None) -> Outcome:
     """Run a Python program whose command line names the workspace, to be found again by it."""
     wanted = replace(AMPLE, **limits)
     return box.run("python3", "-S", "-c", code, str(box.workspace), limits=wanted)
+
+
+def reaches(box: Box, code: str) -> bool:
+    """Tell whether the goal is reached without the limit; it need not be held then."""
+    return b"ESCAPED" in attack(box, code.replace("time.sleep", "abs")).stdout
 
 
 def needs(cgroups: Cgroups | None) -> None:
@@ -194,7 +210,7 @@ IN_CGROUP = {
 }  # fmt: skip
 ANYWHERE = {
     "disk": Bomb(filling(200, 1 << 20), "disk", {"disk_bytes": 32 << 20}),
-    "inodes": Bomb(filling(20_000, 0), "inodes", {"inodes": 2000}),
+    "inodes": Bomb(filling(6000, 0), "inodes", {"inodes": 2000}),
     "depth": Bomb(DEEP, "depth", {"depth": 256}),
     "one file": Bomb("open('big', 'wb').truncate(9 << 20)\n" + HELD, "", {"file_bytes": 8 << 20}),
 }
@@ -204,7 +220,7 @@ ANYWHERE = {
 def test_bombs_in_a_cgroup(box: Box, cgroups: Cgroups | None, name: str) -> None:
     needs(cgroups)
     bomb = IN_CGROUP[name]
-    assert escaped(attack(box, bomb.code)), name
+    assert reaches(box, bomb.code), name
     remove_made(box)
     outcome = attack(box, bomb.code, **bomb.limits)
     assert outcome.limit == bomb.limit, (outcome.stderr[-500:], outcome.usage)
@@ -214,7 +230,7 @@ def test_bombs_in_a_cgroup(box: Box, cgroups: Cgroups | None, name: str) -> None
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_bombs_in_a_direct_workspace(box: Box, name: str) -> None:
     bomb = ANYWHERE[name]
-    assert escaped(attack(box, bomb.code)), name
+    assert reaches(box, bomb.code), name
     remove_made(box)
     outcome = attack(box, bomb.code, **bomb.limits)
     if bomb.limit:
@@ -222,6 +238,17 @@ def test_bombs_in_a_direct_workspace(box: Box, name: str) -> None:
     else:  # EFBIG: Python ignores SIGXFSZ, so the program fails by itself
         assert not escaped(outcome)
         assert b"File too large" in outcome.stderr
+
+
+def test_what_was_nested_too_deep_can_be_removed(box: Box) -> None:
+    kept = box.workspace / "there-before" / "inner"
+    kept.mkdir(parents=True)
+    outcome = attack(box, DEEP.replace("700", "5000"), depth=64)
+    assert outcome.limit == "depth"
+    deepest = max(str(path).count("/") for path in box.workspace.rglob("*"))
+    assert deepest - str(box.workspace).count("/") <= 64 + 1
+    assert kept.is_dir()
+    shutil.rmtree(box.workspace / "d")  # calls itself for each level
 
 
 def remove_made(box: Box) -> None:
@@ -241,7 +268,7 @@ def test_the_name_of_one_files_limit(box: Box) -> None:
 def test_memory_as_files_in_the_scratch_folder(box: Box, cgroups: Cgroups | None) -> None:
     needs(cgroups)
     code = filling(300, 1 << 20, home=True)
-    assert escaped(attack(box, code))
+    assert reaches(box, code)
     outcome = attack(box, code, memory_bytes=128 << 20)
     if box.tier is Tier.FULL:  # a tmpfs, whose pages nothing can be thrown out for
         assert outcome.limit == "memory"
@@ -263,33 +290,20 @@ def test_memory_as_page_cache(box: Box, cgroups: Cgroups | None) -> None:
 
 def test_the_scratch_folder_holds_so_many_bytes(box: Box) -> None:
     code = filling(100, 1 << 20, home=True)
-    assert escaped(attack(box, code))
+    assert reaches(box, code)
     outcome = attack(box, code, disk_bytes=32 << 20)
+    assert outcome.limit == "disk", (outcome.stderr[-500:], outcome.usage)
     if box.tier is Tier.FULL:
-        assert not escaped(outcome)
         assert b"No space left" in outcome.stderr
-    else:
-        assert outcome.limit == "disk"
 
 
-def test_the_scratch_folder_holds_so_many_files(box: Box, weaken: Weaken) -> None:
-    code = filling(70_000, 0, home=True)
+def test_the_scratch_folder_holds_so_many_files(box: Box) -> None:
+    code = filling(6000, 0, home=True)
+    assert reaches(box, code)
+    outcome = attack(box, code, inodes=2000)
+    assert outcome.limit == "inodes", (outcome.stderr[-500:], outcome.usage)
     if box.tier is Tier.FULL:
-
-        def roomy(request: Plan) -> Plan:
-            mounts = [
-                {**mount, "inodes": 1_000_000} if mount["kind"] == "tmpfs" else mount
-                for mount in request.mounts
-            ]
-            return replace(request, mounts=mounts)
-
-        assert escaped(attack(weaken(roomy), code))
-        outcome = attack(box, code, inodes=65_536)
-        assert not escaped(outcome)
         assert b"No space left" in outcome.stderr
-    else:
-        assert escaped(attack(box, code))
-        assert attack(box, code, inodes=2000).limit == "inodes"
 
 
 def test_a_gibibyte_to_stdout(box: Box) -> None:
@@ -312,11 +326,19 @@ signal.pause()
 """
 
 
+def is_daemon(pid: int) -> bool:
+    """Tell whether it has forked twice: it leads no session, and its session is not ours."""
+    try:
+        return os.getsid(pid) not in (pid, os.getsid(0))
+    except ProcessLookupError:
+        return False
+
+
 def test_a_daemon_dies_with_the_call(box: Box) -> None:
     marker = str(box.workspace)
     subprocess.run([sys.executable, "-S", "-c", DAEMON, marker], check=True)
     deadline = time.monotonic() + 5
-    while not (alive := carrying(marker)):
+    while not (alive := [pid for pid in carrying(marker) if is_daemon(int(pid))]):
         assert time.monotonic() < deadline
     for pid in alive:
         os.kill(int(pid), 9)

@@ -25,7 +25,7 @@ from safeconduct.runtime.sandbox.plan import Plan
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:
-    from conftest import Box, Change
+    from tests.conftest import Box, Change
 
     Weaken = Callable[[Change], Box]
 

@@ -12,20 +12,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from tests.conftest import Box
 
 from safeconduct.call import Tier
-
-if TYPE_CHECKING:
-    from conftest import Box
 
 PROBES = Path(__file__).resolve().parents[2].parent / "shared" / "corpora" / "probes"
 RUNNER = PROBES / "run_probes.py"
 FIXTURE = Path("/tmp/probe-fixture")  # where the runner puts what the probes look for
-# LIMIT: seconds for all probes in one tier; they take about one each.
-SECONDS = 240
+# LIMIT: seconds for all probes in one tier; on a quiet machine they take half of one each.
+SECONDS = 600
 
 EVERYWHERE = {
     "c08_vsyscall_jit": "granted: memory that is written and then executed; node and java need it",
@@ -33,24 +30,18 @@ EVERYWHERE = {
     "r12_ignore_term": "granted: SIGTERM may be ignored; SIGKILL comes at the wall limit",
     "r13_setsid_orphan": "granted: a session of its own lives as long as the call, not longer",
 }
+# Nothing to see where no such socket lies on the host.
+PERHAPS = {"n24_docker_sock"}
 REMAINING = {
     Tier.FULL: EVERYWHERE
     | {
         "c06_ldso_exec": "granted: the profile lets programs in the workspace be executed",
         "fs38_exec_from_ws": "granted: the profile lets programs in the workspace be executed",
-        "r07_inodes": "open: a direct workspace has no inode limit yet",
-        "r17_deep_dirs": "open: a direct workspace has no inode or depth limit yet",
     },
     # In this tier the root of a workspace with protected names takes no new ones, so what makes
     # files there fails; a profile that writes to a subfolder is granted the same as above.
     Tier.LANDLOCK: EVERYWHERE
-    | {
-        "c06_ldso_exec": "granted: the profile lets programs in the workspace be executed",
-        "fs38_exec_from_ws": "granted: the profile lets programs in the workspace be executed",
-        "r07_inodes": "open: a direct workspace has no inode limit yet",
-        "r17_deep_dirs": "open: a direct workspace has no inode or depth limit yet",
-        "n24_docker_sock": "open: stat(2) sees that the name exists; no socket can be made to it",
-    },
+    | {"n24_docker_sock": "open: stat(2) sees that the name exists; no socket can be made to it"},
 }
 
 DRIVER = """
@@ -99,5 +90,7 @@ def test_only_what_is_listed_escapes(box: Box, tmp_path: Path) -> None:
     assert len(verdicts) >= 60
     escaped = {name for name, verdict in verdicts.items() if verdict == "ESCAPED"}
     assert escaped <= REMAINING[box.tier].keys()
+    if os.geteuid() == 0:  # the list is exact; an ordinary user's fixtures are fewer
+        assert REMAINING[box.tier].keys() - PERHAPS <= escaped
     assert "CONTAINED" in verdicts.values()
     assert "TIMEOUT" not in verdicts.values()

@@ -17,7 +17,7 @@ from safeconduct.errors import SandboxFailed
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:
-    from conftest import Box
+    from tests.conftest import Box
 
 ROOT = os.geteuid() == 0
 

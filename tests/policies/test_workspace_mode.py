@@ -8,7 +8,7 @@ import pytest
 
 from safeconduct.call import Profile, WorkspaceMode
 from safeconduct.errors import PolicyError
-from safeconduct.policies import narrow_profiles, parse_policy, policy_schema
+from safeconduct.policies import check_policy, narrow_profiles, parse_policy, policy_schema
 
 DIRECT, OVERLAY = WorkspaceMode.DIRECT, WorkspaceMode.OVERLAY
 
@@ -51,3 +51,26 @@ def test_of_two_profiles_the_stricter_counts(one: WorkspaceMode, other: Workspac
 
 def test_the_schema_names_both() -> None:
     assert "overlay" in str(policy_schema())
+
+
+@pytest.mark.parametrize(
+    ("tool", "rule", "found"),
+    [
+        ("fs.write", '{allow: {path: ["$WS/**"]}}', ["check.no_overlay"]),
+        ("python.run", "{ask: {code: any}}", ["check.no_overlay"]),
+        ("fs.read", '{allow: {path: ["$WS/**"]}}', []),
+        ("fs.write", '{allow: {path: ["$WS/**"]}, profile: plain}', []),
+        ("python.run", "{allow: {code: any}, profile: looks}", []),
+    ],
+)
+def test_a_rule_that_its_overlay_would_always_refuse_is_found(
+    tool: str, rule: str, found: list[str], tmp_path: Path
+) -> None:
+    text = (
+        'version: 1\nprofiles:\n  base: {write: ["$WS/**"], workspace: overlay}\n'
+        '  plain: {write: ["$WS/**"]}\n  looks: {read: ["$WS/**"], workspace: overlay}\n'
+        f"tools: {{{tool}: {rule}}}\n"
+    )
+    policy = parse_policy(text.encode(), name="p.yaml", workspace=tmp_path)
+    codes = [one.code for one in check_policy(policy)]
+    assert [code for code in codes if code == "check.no_overlay"] == found

@@ -131,6 +131,11 @@ USER_NAMESPACES = {
         replace(REFUSED, knobs={"kernel.unprivileged_userns_clone": "0"}),
         "kernel.unprivileged_userns_clone = 0", "safeconduct setup",
     ),
+    "unprivileged_userns_clone, which the kernel asks before anything": (
+        replace(failing(REFUSED, "unshare", errno.EPERM, "unfiltered unshare"),
+                knobs={"kernel.unprivileged_userns_clone": "0"}),
+        "kernel.unprivileged_userns_clone = 0", "safeconduct setup",
+    ),
     "apparmor, Ubuntu": (
         replace(failing(GOOD, "use capability", errno.EPERM, "user"), knobs={KNOB: "1"}),
         f"{KNOB} = 1", "safeconduct setup",
@@ -205,6 +210,7 @@ def test_landlock_missing_and_switched_off_differ(answer: int, note: str, get: s
         replace(facts, landlock_abi=answer, security_modules=("yama", "apparmor"))
     )
     assert cause is not None
+    assert "Landlock" in cause.note  # a tier's row shows it without the name of the layer
     assert note in cause.note
     assert get in cause.get
 

@@ -38,7 +38,7 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fs", "shell", "wasm", "mcp", "a.b", "", "x" * 65])
+@pytest.mark.parametrize("name", ["fs", "wasm", "mcp", "workspace", "a.b", "", "x" * 65])
 def test_a_name_that_would_pass_for_another_tool_is_refused(tmp_path: Path, name: str) -> None:
     assert start(tmp_path, "--name", name, "--", "true").returncode == Exit.USAGE
 

@@ -16,7 +16,7 @@ from safeconduct.runtime.sandbox.cgroup import Cgroups
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:
-    from conftest import Box
+    from tests.conftest import Box
 
 SHORT = Limits(wall_ms=1000)
 

@@ -180,7 +180,8 @@ def _cli(overlay: Overlay, *arguments: str, code: int = 0) -> str:
 def _shelve(overlay: Overlay) -> str:
     folder = overlay.workspace.parent / "state/safeconduct/changes"
     changes = overlay.diff()
-    return shelf.shelve(folder, changes, upper=overlay.upper, workspace=str(overlay.workspace))
+    part = shelf.Part(changes=changes, upper=overlay.upper)
+    return shelf.shelve(folder, [part], workspace=str(overlay.workspace))[0]
 
 
 def test_kept_changes_are_shown_and_committed_by_the_command_line(overlay: Overlay) -> None:

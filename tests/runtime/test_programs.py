@@ -1,7 +1,8 @@
 """The programs a coding agent lives by, under the preset `coding-agent`, in both tiers.
 
 Each runs as the preset says: the workspace is written directly, there is no network, and caches go
-to the scratch folder that is HOME. Started by root the same is done as an ordinary user as well.
+to the scratch folder that is HOME. What takes long runs once, in tier full;
+with SAFECONDUCT_PROGRAMS=all everything runs in both tiers, by root and by an ordinary user.
 docs/compatibility.md tells the outcome.
 """
 
@@ -122,13 +123,23 @@ def started(workspace: Path, tier: Tier, user: str) -> Generator[Desk]:
 
 
 USERS = ("root", "ordinary") if os.geteuid() == 0 else ("ordinary",)
+EVERYTHING = os.environ.get("SAFECONDUCT_PROGRAMS") == "all"
+MATRIX = [(tier, user) for tier in Tier for user in USERS]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(tier, user) for tier in Tier for user in USERS],
-    ids=lambda pair: f"{pair[0]}-{pair[1]}",
-)
+def started_as(few: list[tuple[Tier, str]]) -> pytest.MarkDecorator:
+    """Choose the combinations that a test runs in."""
+    return pytest.mark.parametrize(
+        "desk", MATRIX if EVERYTHING else few, indirect=True, scope="module",
+        ids=lambda pair: f"{pair[0]}-{pair[1]}",
+    )  # fmt: skip
+
+
+once = started_as([(Tier.FULL, USERS[0])])
+in_both_tiers = started_as([(Tier.FULL, USERS[0]), (Tier.LANDLOCK, USERS[-1])])
+
+
+@pytest.fixture(scope="module")
 def desk(request: pytest.FixtureRequest) -> Iterator[Desk]:
     tier, user = cast("tuple[Tier, str]", request.param)
     workspace = Path(os.path.realpath(tempfile.mkdtemp(prefix="desk-")))
@@ -176,6 +187,7 @@ def has_module(name: str) -> bool:
     return done.returncode == 0
 
 
+@once
 def test_pip_installs_from_a_local_index(desk: Desk) -> None:
     needs("python3")
     if not has_module("pip"):
@@ -197,6 +209,7 @@ def test_pip_installs_from_a_local_index(desk: Desk) -> None:
         assert said == "hello from a wheel\n"
 
 
+@once
 def test_pip_installs_into_a_virtual_environment(desk: Desk) -> None:
     needs("python3")
     if not has_module("ensurepip"):
@@ -212,6 +225,7 @@ def test_pip_installs_into_a_virtual_environment(desk: Desk) -> None:
     assert said == "hello from a wheel\n"
 
 
+@in_both_tiers
 def test_git_works_in_the_persons_repository(desk: Desk) -> None:
     needs("git")
     desk.sh("echo second >> notes/text")
@@ -229,6 +243,7 @@ def test_git_works_in_the_persons_repository(desk: Desk) -> None:
         assert desk.ask(["bash", "-euc", attack])["end"] != "0"
 
 
+@in_both_tiers
 def test_git_makes_a_repository_in_a_folder(desk: Desk) -> None:
     needs("git")
     desk.folder("fresh", text="x\n")
@@ -239,6 +254,7 @@ def test_git_makes_a_repository_in_a_folder(desk: Desk) -> None:
     assert made == "own\n"
 
 
+@once
 def test_pytest_tests_a_project(desk: Desk) -> None:
     needs("python3")
     text = "def test_sum(tmp_path):\n    (tmp_path / 'x').write_text('1')\n    assert 1 + 1 == 2\n"
@@ -256,6 +272,7 @@ def test_pytest_tests_a_project(desk: Desk) -> None:
     assert "1 passed" in desk.sh("cd project; PYTHONPATH=lib python3 -m pytest -q test_sum.py")
 
 
+@once
 def test_node_and_npm_test(desk: Desk) -> None:
     needs("node", "npm")
     test = "require('node:test')('adds', () => require('node:assert').strictEqual(1 + 1, 2));\n"
@@ -266,6 +283,7 @@ def test_node_and_npm_test(desk: Desk) -> None:
     desk.sh("cd web; npm pack --silent; test -s sum-1.0.0.tgz; test -d ~/.npm")
 
 
+@once
 def test_npm_installs_a_local_package(desk: Desk) -> None:
     needs("node", "npm")
     desk.folder("dep", package__json='{"name": "dep", "version": "1.0.0"}',
@@ -275,6 +293,7 @@ def test_npm_installs_a_local_package(desk: Desk) -> None:
     assert desk.sh("cd app; node -p 'require(\"dep\")'") == "from dep\n"
 
 
+@once
 def test_go_builds_and_its_program_runs(desk: Desk) -> None:
     needs("go")
     main = 'package main\n\nimport "fmt"\n\nfunc main() { fmt.Println("hello from go") }\n'
@@ -282,6 +301,7 @@ def test_go_builds_and_its_program_runs(desk: Desk) -> None:
     assert desk.sh("cd gopher; go build -o hello . && ./hello") == "hello from go\n"
 
 
+@once
 def test_java_compiles_and_runs(desk: Desk) -> None:
     needs("java", "javac")
     main = 'class Main { public static void main(String[] a) { System.out.println("java"); } }\n'
@@ -289,6 +309,7 @@ def test_java_compiles_and_runs(desk: Desk) -> None:
     assert desk.sh("cd coffee; javac Main.java && java Main") == "java\n"
 
 
+@in_both_tiers
 def test_gcc_and_make(desk: Desk) -> None:
     needs("gcc", "make")
     main = '#include <stdio.h>\nint main(void) { puts("made"); return 0; }\n'
@@ -297,6 +318,7 @@ def test_gcc_and_make(desk: Desk) -> None:
     assert desk.sh("cd metal; make -s -j2 run") == "made\n"
 
 
+@in_both_tiers
 def test_python_multiprocessing(desk: Desk) -> None:
     needs("python3")
     code = "import multiprocessing as m\nwith m.Pool(2) as p: print(sum(p.map(abs, range(-9, 0))))"
@@ -307,6 +329,7 @@ def test_python_multiprocessing(desk: Desk) -> None:
     assert desk.run("python3", "-c", code) == "45\n"
 
 
+@in_both_tiers
 def test_sqlite(desk: Desk) -> None:
     needs("python3")
     desk.folder("records")
@@ -320,6 +343,7 @@ def test_sqlite(desk: Desk) -> None:
     assert desk.run("sqlite3", "records/one.db", "select a + 1 from t") == "43\n"
 
 
+@in_both_tiers
 def test_archives(desk: Desk) -> None:
     needs("tar", "gzip")
     desk.folder("papers", note="kept\n")
@@ -331,8 +355,26 @@ def test_archives(desk: Desk) -> None:
     assert said == "kept\n"
 
 
+@in_both_tiers
 def test_a_program_is_told_that_there_is_no_network(desk: Desk) -> None:
     needs("curl")
     answer = desk.ask(["curl", "-sS", "--max-time", "5", "http://127.0.0.1:9/"])
     assert answer["end"] == "7", answer
     assert answer["output"].startswith("curl: (7) "), answer
+
+
+@in_both_tiers
+def test_what_is_told_of_the_machine(desk: Desk) -> None:
+    needs("python3", "nproc", "free")
+    count = str(len(os.sched_getaffinity(0)))
+    assert desk.run("nproc").strip() == count
+    assert desk.run("python3", "-c", "import os; print(os.cpu_count())").strip() != "None"
+    for name in ("uptime", "loadavg", "stat"):
+        assert desk.run("cat", f"/proc/{name}"), name
+    # The processor and the memory of the machine are not shown, and who asks is told nothing.
+    for name in ("cpuinfo", "meminfo"):
+        answer = desk.ask(["cat", f"/proc/{name}"])
+        assert answer["output"] == "" or "Permission denied" in answer["output"], answer
+    assert desk.ask(["free"])["end"] != "0"
+    if desk.tier is Tier.FULL:  # in the other tier no program sees a process, its own included
+        assert "ps -ef" in desk.run("ps", "-ef")

@@ -19,7 +19,7 @@ from safeconduct.runtime.sandbox import bpf, seccomp
 from safeconduct.syscalls import ADDABLE, NEVER, why_never
 
 if TYPE_CHECKING:
-    from conftest import Box
+    from tests.conftest import Box
 
 CALL = """
 import ctypes, errno, os

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from safeconduct.call import Tier
+from safeconduct.call import Profile, Tier
 from safeconduct.errors import SandboxFailed
-from safeconduct.runtime.sandbox.shield import Shields
+from safeconduct.runtime.sandbox.shield import Shield, Shields
 
 if TYPE_CHECKING:
-    from conftest import Box
+    from tests.conftest import Box
 
 NAMES = (".git/hooks/", ".git/config", ".claude/", ".mcp.json")
 
@@ -132,3 +133,54 @@ def test_what_is_absent_is_absent(box: Box) -> None:
         assert (b"log.key" in outcome.stdout) == (box.tier is Tier.LANDLOCK)
     finally:
         shields.close()
+
+
+def _at_rest(shields: Shields, profile: Profile, hides: Callable[[str], bool]) -> Shield:
+    """Raise shields until the same one comes twice: it is remembered then."""
+    deadline, before = time.monotonic() + 5, None
+    while time.monotonic() < deadline:
+        with shields.raised(profile, hides) as shield:
+            if shield is before:
+                return shield
+            before = shield
+    raise AssertionError("it was never remembered")
+
+
+def test_a_remembered_shield_sees_what_comes_and_goes(workspace: Path, shields: Shields) -> None:
+    def hides(path: str) -> bool:
+        return path.rpartition("/")[2].startswith(".env")
+
+    profile = Profile(name="p", write=(str(workspace),), hide=("**/.env*",))
+    deep, moved = workspace / "a" / "b", workspace / "c"
+    deep.mkdir(parents=True)
+    for _ in range(3):
+        assert not _at_rest(shields, profile, hides).hidden
+        (deep / ".env").write_text("secret")
+        with shields.raised(profile, hides) as shield:
+            assert shield.hidden == (str(deep / ".env"),)
+        assert _at_rest(shields, profile, hides).hidden == (str(deep / ".env"),)
+        deep.rename(moved)
+        with shields.raised(profile, hides) as shield:
+            assert shield.hidden == (str(moved / ".env"),)
+        (moved / ".env").unlink()
+        moved.rename(deep)
+
+
+@pytest.mark.parametrize("name", [".mcp.json", ".git/config"])
+def test_a_remembered_shield_sets_aside_what_appears(
+    workspace: Path, shields: Shields, name: str
+) -> None:
+    profile = Profile(name="p", write=(str(workspace),))
+    path = workspace / name
+
+    def call() -> None:
+        with shields.raised(profile, nothing):
+            before = path.parent.stat()
+            path.write_text("evil")
+            # All times that can be set are set back.
+            os.utime(path.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    _at_rest(shields, profile, nothing)
+    with pytest.raises(SandboxFailed):
+        call()
+    assert not path.exists()

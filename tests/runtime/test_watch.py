@@ -11,7 +11,7 @@ import pytest
 from safeconduct.call import Held, Limits, Tier
 from safeconduct.runtime.sandbox import bounds
 from safeconduct.runtime.sandbox.cgroup import Charge
-from safeconduct.runtime.sandbox.launcher import Exit
+from safeconduct.runtime.sandbox.channel import Exit
 from safeconduct.runtime.sandbox.watch import Watch
 
 SMALL = Limits(disk_bytes=1 << 20, inodes=100, depth=20)

@@ -47,20 +47,13 @@ impl<'a> Hierarchies<'a> {
             )
             .is_ok()
         });
-        Ok(Self {
-            groups,
-            bases,
-            unified,
-        })
+        Ok(Self { groups, bases, unified })
     }
 
     /// Make the cgroups of one sandbox with their limits set.
     pub fn make(&self, name: &str) -> Result<Cgroups, Failure> {
-        let mut made = Cgroups {
-            name: name.to_owned(),
-            folders: Vec::new(),
-            unified: self.unified,
-        };
+        let mut made =
+            Cgroups { name: name.to_owned(), folders: Vec::new(), unified: self.unified };
         for (group, base) in self.groups.iter().zip(&self.bases) {
             let made_one = make_one(group, base, name);
             match made_one {
@@ -106,10 +99,7 @@ impl Cgroups {
 
     /// Where a child is to be born; `None` where it has to join by itself.
     pub fn birthplace(&self) -> Option<BorrowedFd<'_>> {
-        self.folders
-            .first()
-            .filter(|_| self.unified)
-            .map(AsFd::as_fd)
+        self.folders.first().filter(|_| self.unified).map(AsFd::as_fd)
     }
 
     /// Join by writing, as version 1 has it. Where we were born in it already it changes nothing.
@@ -143,10 +133,7 @@ pub fn read(accounts: &[Option<OwnedFd>]) -> Vec<String> {
         let count = rustix::io::pread(file.as_ref()?, &mut bytes, 0).ok()?;
         String::from_utf8(bytes[..count].to_vec()).ok()
     };
-    accounts
-        .iter()
-        .map(|file| read_one(file).unwrap_or_default())
-        .collect()
+    accounts.iter().map(|file| read_one(file).unwrap_or_default()).collect()
 }
 
 fn write(folder: BorrowedFd, file: &str, text: &str) -> Result<(), Errno> {

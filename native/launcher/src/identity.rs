@@ -17,11 +17,7 @@ const PROC_BYTES_MAX: usize = 64 << 10;
 /// On-disk `owner` appears as the sandbox's host ids. Needs root; the helper process that the
 /// namespace is born with is gone when this returns.
 pub fn mapping(identity: &Identity) -> Result<Option<OwnedFd>, Failure> {
-    mapping_for(
-        &account::open_folder("/proc".as_ref())?,
-        identity,
-        identity.uid,
-    )
+    mapping_for(&account::open_folder("/proc".as_ref())?, identity, identity.uid)
 }
 
 /// The same for one sandbox of many, whose uid is `uid`.
@@ -38,19 +34,9 @@ pub fn mapping_for(
     let Some(pid) = sys::clone_into(sys::CLONE_NEWUSER, None).step("clone id mapping")? else {
         hold(launcher);
     };
-    let taken = write(
-        proc,
-        &format!("{pid}/uid_map"),
-        &format!("{owner_uid} {uid} 1"),
-    )
-    .and_then(|()| {
-        write(
-            proc,
-            &format!("{pid}/gid_map"),
-            &format!("{owner_gid} {gid} 1"),
-        )
-    })
-    .and_then(|()| open(proc, &format!("{pid}/ns/user"), OFlags::RDONLY));
+    let taken = write(proc, &format!("{pid}/uid_map"), &format!("{owner_uid} {uid} 1"))
+        .and_then(|()| write(proc, &format!("{pid}/gid_map"), &format!("{owner_gid} {gid} 1")))
+        .and_then(|()| open(proc, &format!("{pid}/ns/user"), OFlags::RDONLY));
     if let Some(pid) = Pid::from_raw(pid) {
         let _ = rustix::process::kill_process(pid, Signal::KILL);
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
@@ -100,9 +86,7 @@ pub fn is_root() -> bool {
         })
     };
     rustix::process::geteuid().is_root()
-        && ["/proc/self/uid_map", "/proc/self/gid_map"]
-            .iter()
-            .all(maps_all)
+        && ["/proc/self/uid_map", "/proc/self/gid_map"].iter().all(maps_all)
 }
 
 /// Stop being host root: no supplementary groups, then gid, then uid, in that order.

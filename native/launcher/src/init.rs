@@ -7,6 +7,7 @@
 //! namespace → Landlock ruleset → no capabilities, no_new_privs → stub → rlimits → Landlock →
 //! seccomp → here the stub waits for its program → execve.
 
+use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
@@ -14,7 +15,7 @@ use rustix::process::{Signal, WaitOptions};
 use rustix::time::{TimerfdClockId, TimerfdFlags};
 
 use crate::report::{self, Exit, Failure, Message, Step};
-use crate::request::{Bind, Layer, Rule};
+use crate::request::{Bind, Layer, Mount};
 use crate::template::{Birth, Template};
 use crate::{account, identity, program, receive, request, root, sys};
 
@@ -25,41 +26,31 @@ pub struct Sandbox<'a> {
     /// Armed by the stub with the wall limit of its program.
     pub timer: OwnedFd,
     pub ruleset: Option<OwnedFd>,
+    /// The mounts that came late.
+    pub late: Vec<Mount>,
 }
 
 /// Run as the first process of a new sandbox. Never returns.
 pub fn run(template: &Template, birth: &Birth) -> ! {
-    let code = match live(template, birth) {
-        Ok(exit) => {
-            report::send(&birth.channel, &Message::Exited(exit));
-            0
-        }
-        Err(failure) => {
-            report::send(&birth.channel, &Message::Failed(&failure));
-            1
-        }
-    };
-    sys::leave(code)
+    let Err(failure) = live(template, birth);
+    report::send(&birth.channel, &Message::Failed(&failure));
+    sys::leave(1)
 }
 
-fn live(template: &Template, birth: &Birth) -> Result<Exit, Failure> {
+/// Returns only what kept the program from being started.
+fn live(template: &Template, birth: &Birth) -> Result<Infallible, Failure> {
     let plan = template.plan;
     template.keep_only(birth)?;
     birth.cgroups.join()?;
     let accounts = birth.cgroups.accounts(&plan.cgroups);
-    let ruleset = if plan.has(Layer::Namespaces) {
+    let (ruleset, late) = if plan.has(Layer::Namespaces) {
         build_walls(template, birth)?
     } else {
-        join_outer_domain(template, birth)?
+        (join_outer_domain(template, birth)?, Vec::new())
     };
     let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
     let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags).step("timer")?;
-    let sandbox = Sandbox {
-        template,
-        birth,
-        timer,
-        ruleset,
-    };
+    let sandbox = Sandbox { template, birth, timer, ruleset, late };
     let events = sys::child_events().step("signalfd")?;
     // Suspended until the stub has become the program or is gone: it costs no memory of its own,
     // and execve(2) has none to tear down. Until then the stub watches for us.
@@ -68,41 +59,45 @@ fn live(template: &Template, birth: &Birth) -> Result<Exit, Failure> {
     for fd in [&birth.stdout, &birth.stderr] {
         sys::place(template.null.as_raw_fd(), fd.as_raw_fd()).step("close output")?;
     }
-    Ok(sandbox.watch(&events, program, &accounts))
+    let exit = sandbox.watch(&events, program, &accounts);
+    // The supervisor waits for this, so before anything is given back.
+    report::send(&birth.channel, &Message::Exited(exit));
+    sys::leave(0)
 }
 
 /// Finish the root, enter the user namespace, give up all privilege.
-fn build_walls(template: &Template, birth: &Birth) -> Result<Option<OwnedFd>, Failure> {
+fn build_walls(
+    template: &Template,
+    birth: &Birth,
+) -> Result<(Option<OwnedFd>, Vec<Mount>), Failure> {
     let plan = template.plan;
     sys::unshare(libc::CLONE_NEWCGROUP).step("cgroup namespace")?;
-    let mut late: Vec<Rule> = Vec::new();
+    let mut late = Bind::default();
     if let Some(root) = &template.root {
         let mapping = birth.mapping.as_ref().map(AsFd::as_fd);
-        root.finish(plan, mapping, birth.channel.as_fd())?;
+        root.finish(plan, mapping, birth.channel.as_fd()).map_err(Failure::or_stale)?;
         if plan.late {
             let received = receive::datagram(&birth.channel)?;
             let (inline, mut trees) = received.ok_or(Failure::protocol("no bind"))?;
-            let bind: Bind = request::document(&inline, &mut trees)?;
-            root.bind(plan, &bind.mounts, trees)?;
-            late = bind.landlock;
+            late = request::document(&inline, &mut trees)?;
+            root.bind(plan, &late.mounts, trees).map_err(Failure::or_stale)?;
         }
     }
     if template.as_root {
-        if plan.has(Layer::Capabilities) {
-            sys::drop_bounding_set().step("bounding set")?;
-        }
         identity::switch(birth.uid, birth.gid)?;
     }
+    // It comes with every capability in it, the bounding set included, user_namespaces(7).
     sys::unshare(libc::CLONE_NEWUSER).step("user namespace")?;
     identity::map_self(&template.proc, plan.identity.inside, birth.uid, birth.gid)?;
     let ruleset = plan
         .has(Layer::Landlock)
-        .then(|| template.rules.ruleset(&late, None))
-        .transpose()?;
+        .then(|| template.rules.ruleset(&late.landlock, None))
+        .transpose()
+        .map_err(Failure::or_stale)?;
     identity::renounce(plan.has(Layer::Capabilities))?;
     // Credential changes clear it, so it is set last, prctl(2) PR_SET_PDEATHSIG.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
-    Ok(ruleset)
+    Ok((ruleset, late.mounts))
 }
 
 /// Without a pid namespace the tree is held by adoption and by a Landlock signal scope: this

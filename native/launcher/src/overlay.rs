@@ -10,7 +10,7 @@ use rustix::mount::MountAttrFlags;
 
 use crate::report::{Failure, Step};
 use crate::request::{Mount, Plan};
-use crate::root::{self, Site};
+use crate::site::{self, Site};
 
 /// Tell whether the sandboxes of this plan share a layer.
 pub fn is_shared(plan: &Plan) -> bool {
@@ -21,7 +21,7 @@ pub fn is_shared(plan: &Plan) -> bool {
 /// Make the places on the stage that the layer and the mapped source will have.
 pub fn reserve(site: &Site, number: usize) -> Result<(), Failure> {
     for name in [layer(number), below(number)] {
-        let path = root::relative(name.as_ref());
+        let path = site::relative(name.as_ref());
         rustix::fs::mkdirat(&site.fd, path, Mode::from_raw_mode(0o755)).step_on("mkdir", &name)?;
     }
     Ok(())
@@ -35,24 +35,17 @@ pub fn attach(
     mapping: Option<BorrowedFd>,
     as_root: bool,
 ) -> Result<OwnedFd, Failure> {
-    let Mount::Overlay {
-        target,
-        bytes,
-        inodes,
-        mapped,
-        ..
-    } = mount
-    else {
+    let Mount::Overlay { target, bytes, inodes, mapped, .. } = mount else {
         return Err(Failure::protocol("not an overlay"));
     };
     let mapping = mapping.filter(|_| *mapped);
-    let mut lower = root::staged(number);
+    let mut lower = site::staged(number);
     if mapping.is_some() {
         let tree = site.staged(number, mapping)?;
         lower = below(number);
         site.put(&tree, lower.as_ref(), true)?;
     }
-    let scratch = root::scratch(*bytes, *inodes, 0o700)?;
+    let scratch = site::scratch(*bytes, *inodes, 0o700)?;
     let place = layer(number);
     site.put(&scratch, place.as_ref(), true)?;
     let (upper, work) = (format!("{place}/upper"), format!("{place}/work"));
@@ -67,40 +60,28 @@ pub fn attach(
         ("index", "off".to_owned()),
     ];
     if !as_root {
-        options.retain(|(key, _)| *key != "redirect_dir" && *key != "metacopy");
         options.push(("userxattr", String::new()));
     }
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let merged = root::fresh("overlay", &options, attributes)?;
+    let merged = site::fresh("overlay", &options, attributes)?;
     site.put(&merged, target, true)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(
-        &site.fd,
-        root::relative(upper.as_ref()),
-        flags,
-        Mode::empty(),
-    )
-    .step_on("open", &upper)
+    rustix::fs::openat(&site.fd, site::relative(upper.as_ref()), flags, Mode::empty())
+        .step_on("open", &upper)
 }
 
 /// Make the upper folder look like the one it lies over, which it stands for in the overlay.
 fn make_upper(site: &Site, lower: &str, upper: &str, work: &str) -> Result<(), Failure> {
-    let found = root::open_path(
-        site.fd.as_fd(),
-        root::relative(lower.as_ref()),
-        root::beneath(),
-    )
-    .step_on("open", lower)?;
+    let found = site::open_path(site.fd.as_fd(), site::relative(lower.as_ref()), site::beneath())
+        .step_on("open", lower)?;
     let stat = rustix::fs::fstat(&found).step_on("stat", lower)?;
     for name in [upper, work] {
-        let path: &OsStr = root::relative(name.as_ref());
+        let path: &OsStr = site::relative(name.as_ref());
         rustix::fs::mkdirat(&site.fd, path, Mode::from_raw_mode(0o700)).step_on("mkdir", name)?;
     }
-    let path: &OsStr = root::relative(upper.as_ref());
-    let (uid, gid) = (
-        rustix::fs::Uid::from_raw(stat.st_uid),
-        rustix::fs::Gid::from_raw(stat.st_gid),
-    );
+    let path: &OsStr = site::relative(upper.as_ref());
+    let (uid, gid) =
+        (rustix::fs::Uid::from_raw(stat.st_uid), rustix::fs::Gid::from_raw(stat.st_gid));
     let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
     rustix::fs::chownat(&site.fd, path, Some(uid), Some(gid), flags).step_on("chown", upper)?;
     let mode = Mode::from_raw_mode(stat.st_mode & 0o777);
@@ -108,9 +89,9 @@ fn make_upper(site: &Site, lower: &str, upper: &str, work: &str) -> Result<(), F
 }
 
 fn layer(number: usize) -> String {
-    format!("{}.layer", root::staged(number))
+    format!("{}.layer", site::staged(number))
 }
 
 fn below(number: usize) -> String {
-    format!("{}.below", root::staged(number))
+    format!("{}.below", site::staged(number))
 }

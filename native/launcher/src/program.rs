@@ -17,7 +17,7 @@ use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec};
 use crate::init::Sandbox;
 use crate::report::{self, Failure, Message, Step};
 use crate::request::{self, Layer, Rlimit, Run, Text, WALL_MS_MAX};
-use crate::{confine, receive, sys};
+use crate::{confine, receive, root, sys};
 
 /// Numbers from here on are out of the way of the descriptors a program is given.
 const DESCRIPTORS_ABOVE: RawFd = 128;
@@ -39,7 +39,7 @@ fn become_program(sandbox: &Sandbox) -> Result<Failure, Failure> {
     // In no pid namespace nothing else would end us with init.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
     rustix::process::setsid().step("setsid")?;
-    sys::reset_signals().step("reset signals")?;
+    sys::unblock_signals().step("unblock signals")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let (channel, timer) = (lift(&birth.channel)?, lift(&sandbox.timer)?);
     let lifeline = lift(&template.lifeline)?;
@@ -61,21 +61,21 @@ fn become_program(sandbox: &Sandbox) -> Result<Failure, Failure> {
         sys::leave(0);
     };
     let run: Run = request::document(&inline, &mut descriptors)?;
+    root::standing(plan.mounts.iter().chain(&sandbox.late)).map_err(Failure::or_stale)?;
     place_descriptors(&run, descriptors)?;
     execute(&run, &timer, &plan.rlimits)
 }
 
 type Datagram = (Vec<u8>, Vec<OwnedFd>);
 
-/// Wait to be told the program; `None` where supervisor or launcher are gone.
+/// Wait to be told the program; `None` where the supervisor is gone.
 fn wait(channel: &OwnedFd, lifeline: &OwnedFd) -> Result<Option<Datagram>, Failure> {
-    let mut polled = [
-        PollFd::new(channel, PollFlags::IN),
-        PollFd::new(lifeline, PollFlags::IN),
-    ];
+    let mut polled = [PollFd::new(channel, PollFlags::IN), PollFd::new(lifeline, PollFlags::IN)];
     rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None)).step("wait")?;
     if !polled[1].revents().is_empty() {
-        return Ok(None);
+        // It may have been told at this very moment, and is not to pass for a program that ran.
+        let lost = Failure::new("template", Errno::CHILD);
+        return Err(Failure { stale: true, ..lost });
     }
     receive::datagram(channel)
 }
@@ -115,10 +115,7 @@ fn place_descriptors(run: &Run, descriptors: Vec<OwnedFd>) -> Result<(), Failure
         return Err(Failure::protocol("not the descriptors that were announced"));
     }
     // Lifted first, so that placing one never overwrites another that is still needed.
-    let lifted = descriptors
-        .iter()
-        .map(lift)
-        .collect::<Result<Vec<_>, _>>()?;
+    let lifted = descriptors.iter().map(lift).collect::<Result<Vec<_>, _>>()?;
     drop(descriptors);
     for (target, fd) in run.descriptors.iter().zip(lifted) {
         match *target {
@@ -137,14 +134,8 @@ fn place_descriptors(run: &Run, descriptors: Vec<OwnedFd>) -> Result<(), Failure
 /// can read how long the program ran.
 fn arm(timer: &OwnedFd, wall_ms: u64) -> Result<(), Failure> {
     let wall_ms = i64::try_from(wall_ms.clamp(1, WALL_MS_MAX)).unwrap_or(i64::MAX);
-    let wall = Timespec {
-        tv_sec: wall_ms / 1000,
-        tv_nsec: wall_ms % 1000 * 1_000_000,
-    };
-    let limit = Itimerspec {
-        it_interval: wall,
-        it_value: wall,
-    };
+    let wall = Timespec { tv_sec: wall_ms / 1000, tv_nsec: wall_ms % 1000 * 1_000_000 };
+    let limit = Itimerspec { it_interval: wall, it_value: wall };
     rustix::time::timerfd_settime(timer, TimerfdTimerFlags::empty(), &limit)
         .step("wall limit")
         .map(drop)
@@ -176,8 +167,5 @@ fn candidates(program: &OsStr, search: &[Text]) -> Vec<Vec<u8>> {
     if program.contains(&b'/') {
         return vec![program.to_vec()];
     }
-    search
-        .iter()
-        .map(|folder| [folder.as_bytes(), program].join(&b'/'))
-        .collect()
+    search.iter().map(|folder| [folder.as_bytes(), program].join(&b'/')).collect()
 }

@@ -19,20 +19,26 @@ const DESCRIPTORS_MAX: usize = 16;
 pub struct Failure {
     pub step: String,
     pub errno: i32,
+    /// A sandbox made anew may do better.
+    pub stale: bool,
 }
 
 impl Failure {
     pub fn new(step: impl Into<String>, errno: Errno) -> Self {
-        Self {
-            step: step.into(),
-            errno: errno.raw_os_error(),
-        }
+        Self { step: step.into(), errno: errno.raw_os_error(), stale: false }
     }
 
     pub fn on(name: &str, subject: impl AsRef<OsStr>, errno: Errno) -> Self {
         let subject = subject.as_ref().to_string_lossy();
         let subject: String = subject.chars().take(SUBJECT_MAX).collect();
         Self::new(format!("{name} {subject}"), errno)
+    }
+
+    /// Say that it may come from a workspace that changed after the sandbox was planned.
+    pub fn or_stale(mut self) -> Self {
+        let changed = [Errno::NOENT, Errno::NOTDIR, Errno::LOOP, Errno::STALE];
+        self.stale = changed.map(Errno::raw_os_error).contains(&self.errno);
+        self
     }
 
     pub fn protocol(what: &str) -> Self {
@@ -63,10 +69,12 @@ pub enum Message<'a> {
     Hello { version: u32, landlock_abi: i32 },
     /// Sent once by a template that is ready; with the layer its sandboxes share, if they do.
     Template { shared: bool },
-    /// A new sandbox: its channel, the read ends of its stdout and stderr, its cgroups' folders.
+    /// A new sandbox, with its channel and the read ends of its stdout and stderr.
     Sandbox {
         number: u64,
         uid: u32,
+        /// Another one follows when it is gone.
+        again: bool,
         scratch: Option<&'a str>,
     },
     /// Clones of mounts, in the order asked.

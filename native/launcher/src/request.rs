@@ -32,11 +32,7 @@ pub struct Text(OsString);
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(document: D) -> Result<Self, D::Error> {
         let text = String::deserialize(document)?;
-        let byte = |letter| {
-            u8::try_from(u32::from(letter))
-                .ok()
-                .filter(|byte| *byte != 0)
-        };
+        let byte = |letter| u8::try_from(u32::from(letter)).ok().filter(|byte| *byte != 0);
         let bytes: Option<Vec<u8>> = text.chars().map(byte).collect();
         let bytes = bytes.ok_or(D::Error::custom("NUL or a character above 255"))?;
         Ok(Self(OsString::from_vec(bytes)))
@@ -108,7 +104,7 @@ pub enum Network {
 }
 
 /// The host ids the program runs as, and the id it believes it has.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
     /// Sandboxes of a template made by root have `uid`, `uid` + 1, … and the gids alike.
@@ -131,6 +127,9 @@ pub enum Mount {
         device: bool,
         #[serde(default)]
         mapped: bool,
+        /// Must still be in place when the program starts.
+        #[serde(default)]
+        held: bool,
     },
     /// `source` below a private writable layer of `bytes` and `inodes`; nothing reaches `source`.
     Overlay {
@@ -159,6 +158,8 @@ pub enum Mount {
         target: Text,
         #[serde(default)]
         empty: bool,
+        #[serde(default)]
+        held: bool,
     },
     Folder {
         target: Text,
@@ -253,7 +254,7 @@ pub struct Clones {
 }
 
 /// The mounts and rules of one call, for a sandbox whose plan was `late`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bind {
     /// Where the detached mounts that came along are attached, in order; masks take none.
@@ -291,12 +292,7 @@ pub fn plan(document: &OwnedFd) -> Result<Plan, Failure> {
         // around it that would be every process of the user.
         return Err(Failure::protocol("neither namespaces nor landlock"));
     }
-    let lists = [
-        plan.mounts.len(),
-        plan.landlock.len(),
-        plan.rlimits.len(),
-        plan.cgroups.len(),
-    ];
+    let lists = [plan.mounts.len(), plan.landlock.len(), plan.rlimits.len(), plan.cgroups.len()];
     if lists.iter().any(|length| *length > LIST_MAX) {
         return Err(Failure::protocol("a list is too long"));
     }

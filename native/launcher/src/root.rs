@@ -1,32 +1,24 @@
 //! Step "root": a root file system that holds only what the plan grants.
 //!
 //! A template builds it once; each sandbox gets a copy of the mount namespace and finishes what is
-//! private to it. Sources and targets are opened without following any symbolic link: an earlier
-//! call may have replaced a granted folder by a link to somewhere else.
+//! private to it.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, CWD};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, CWD};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
-    OpenTreeFlags, UnmountFlags,
-};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::report::{self, Failure, Message, Step};
 use crate::request::{Mount, Plan};
+use crate::site::{clone_tree, inside, open_path, prepare, relative, Site};
 use crate::{account, identity, overlay, sys};
 
 /// Where the new root is put together. It only has to exist; the mount covers it in our own
 /// mount namespace, after every source has been opened.
 const SITE: &str = "/tmp";
 const ROOT_OPTIONS: &std::ffi::CStr = c"mode=0755,size=1m,nr_inodes=8192";
-/// Sources wait here, by the number of their mount, until a sandbox attaches its own clones.
-pub const STAGE: &str = "/.stage";
-const EMPTY: &str = "/.stage/empty";
-const NOTHING: &str = "/.stage/nothing";
 
 /// Enter a user and a mount namespace of our own, where an ordinary user may mount.
 pub fn own_namespaces() -> Result<(), Failure> {
@@ -61,18 +53,10 @@ impl Root {
         rustix::mount::mount_change("/", unshared).step("private mounts")?;
         let private = privates(plan);
         let as_root = identity::is_root();
-        let sources = plan
-            .mounts
-            .iter()
-            .map(prepare)
-            .collect::<Result<Vec<_>, _>>()?;
+        let sources = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
         // An ordinary user may mount procfs only where all of one is in sight,
         // mount_namespaces(7).
-        let visible = if plan
-            .mounts
-            .iter()
-            .any(|mount| matches!(mount, Mount::Proc { .. }))
-        {
+        let visible = if plan.mounts.iter().any(|mount| matches!(mount, Mount::Proc { .. })) {
             clone_tree(OsStr::new("/proc"), true).ok()
         } else {
             None
@@ -93,12 +77,7 @@ impl Root {
         }
         pivot(&site.fd)?;
         let shares_layer = overlay::is_shared(plan);
-        let root = Self {
-            targets: targets(plan, &private),
-            private,
-            shares_layer,
-            as_root,
-        };
+        let root = Self { targets: targets(plan, &private), private, shares_layer, as_root };
         if shares_layer {
             root.share_layer(plan, mapping, socket)?;
         }
@@ -207,10 +186,34 @@ pub fn clone_all(mounts: &[Mount], mapping: Option<BorrowedFd>) -> Result<Vec<Ow
     Ok(trees)
 }
 
-/// Say which bound of a private tmpfs has been reached.
+/// Check that what hides and protects is still in place. Whoever removes or replaces a file
+/// outside takes away what is mounted on it in every other mount namespace, so a sandbox that
+/// waited may show what it was to hide.
+pub fn standing<'a>(mounts: impl Iterator<Item = &'a Mount>) -> Result<(), Failure> {
+    let as_itself = AtFlags::SYMLINK_NOFOLLOW;
+    for mount in mounts {
+        let masked = match mount {
+            Mount::Mask { held: true, .. } => true,
+            Mount::Bind { held: true, .. } => false,
+            _ => continue,
+        };
+        let target = mount.target();
+        match rustix::fs::statx(CWD, &**target, as_itself, StatxFlags::empty()) {
+            Ok(found) if found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) => {}
+            // There is nothing left to hide, or it lies in a folder that is hidden itself.
+            Err(Errno::NOENT) if masked => {}
+            Err(Errno::ACCESS) => {}
+            Ok(_) => return Err(Failure::on("replaced", &**target, Errno::STALE)),
+            Err(errno) => return Err(Failure::on("look at", &**target, errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Say which bound of a private tmpfs has been reached; an overlay tells of that of its layer.
 pub fn full(plan: &Plan) -> Option<&'static str> {
     for mount in &plan.mounts {
-        let Mount::Tmpfs { target, .. } = mount else {
+        let (Mount::Tmpfs { target, .. } | Mount::Overlay { target, .. }) = mount else {
             continue;
         };
         let Ok(found) = rustix::fs::statfs(&**target) else {
@@ -255,367 +258,6 @@ fn privates(plan: &Plan) -> Vec<bool> {
 }
 
 fn targets(plan: &Plan, private: &[bool]) -> Vec<OsString> {
-    let chosen = plan
-        .mounts
-        .iter()
-        .zip(private)
-        .filter(|(_, private)| **private);
-    chosen
-        .map(|(mount, _)| mount.target().to_os_string())
-        .collect()
-}
-
-pub fn inside(path: &OsStr, folder: &OsStr) -> bool {
-    let rest = path.as_bytes().strip_prefix(folder.as_bytes());
-    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
-}
-
-/// Clone the source of a mount, detached, with its final attributes.
-fn prepare(mount: &Mount) -> Result<Option<OwnedFd>, Failure> {
-    let (source, write, device) = match mount {
-        Mount::Bind {
-            source,
-            write,
-            device,
-            ..
-        } => (source, *write, *device),
-        Mount::Overlay { source, .. } => (source, false, false),
-        _ => return Ok(None),
-    };
-    let tree = clone_tree(source, true)?;
-    let mut attributes = sys::MOUNT_ATTR_NOSUID;
-    if !write {
-        attributes |= sys::MOUNT_ATTR_RDONLY;
-    }
-    if !device {
-        attributes |= sys::MOUNT_ATTR_NODEV;
-    }
-    sys::mount_setattr(tree.as_fd(), true, attributes, None).step_on("restrict", &**source)?;
-    Ok(Some(tree))
-}
-
-fn clone_tree(source: &OsStr, recursive: bool) -> Result<OwnedFd, Failure> {
-    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let found = open_path(CWD, source, resolve).step_on("open", source)?;
-    clone_at(&found, recursive).step_on("clone", source)
-}
-
-fn clone_at(found: &OwnedFd, recursive: bool) -> Result<OwnedFd, Errno> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    rustix::mount::open_tree(found.as_fd(), "", flags)
-}
-
-/// A root under construction.
-pub struct Site {
-    pub fd: OwnedFd,
-    /// Devices of the file systems made for this sandbox. INVARIANT: names are created on these
-    /// alone; elsewhere it would be done on somebody's disk, and with the launcher's rights.
-    own: Vec<u64>,
-}
-
-impl Site {
-    fn open(fd: OwnedFd) -> Result<Self, Failure> {
-        let own = vec![rustix::fs::fstat(&fd).step("stat root")?.st_dev];
-        Ok(Self { fd, own })
-    }
-
-    fn here() -> Result<Self, Failure> {
-        Self::open(open_path(CWD, "/", ResolveFlags::empty()).step("open root")?)
-    }
-
-    /// Take a file system that was made for this sandbox for our own.
-    fn adopt(&mut self, target: &OsStr) -> Result<(), Failure> {
-        let found =
-            open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
-        let made = rustix::fs::fstat(&found).step_on("stat", target)?;
-        self.own.push(made.st_dev);
-        Ok(())
-    }
-
-    /// Make the stage, and on it what masks are cloned from.
-    fn stage(&self, proc: Option<OwnedFd>) -> Result<(), Failure> {
-        for (name, mode) in [(STAGE, 0o755), (EMPTY, 0)] {
-            rustix::fs::mkdirat(&self.fd, relative(name.as_ref()), Mode::from_raw_mode(mode))
-                .step_on("mkdir", name)?;
-        }
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDONLY | OFlags::CLOEXEC;
-        let path = relative(NOTHING.as_ref());
-        rustix::fs::openat(&self.fd, path, flags, Mode::empty()).step_on("create", NOTHING)?;
-        match proc {
-            Some(tree) => self.put(&tree, OsStr::new("/.stage/proc"), true),
-            None => Ok(()),
-        }
-    }
-
-    /// Hide the stage from the program for good.
-    fn cover_stage(&self) -> Result<(), Failure> {
-        let empty = self.clone_of(EMPTY)?;
-        self.put_on(&empty, STAGE.as_ref())
-    }
-
-    fn freeze(&self) -> Result<(), Failure> {
-        sys::mount_setattr(self.fd.as_fd(), false, sys::MOUNT_ATTR_RDONLY, None)
-            .step("read-only root")
-    }
-
-    /// Put the source of a private mount on the stage, and make the place it will have.
-    fn reserve(
-        &self,
-        number: usize,
-        mount: &Mount,
-        tree: Option<OwnedFd>,
-        private: &[bool],
-        plan: &Plan,
-    ) -> Result<(), Failure> {
-        let mut folder = true;
-        if let Some(tree) = tree {
-            folder = is_folder(tree.as_fd()).step_on("stat", mount.target())?;
-            self.put(&tree, staged(number).as_ref(), folder)?;
-        }
-        if matches!(mount, Mount::Overlay { .. }) {
-            overlay::reserve(self, number)?;
-        }
-        let covered = plan.mounts[..number]
-            .iter()
-            .zip(private)
-            .any(|(outer, private)| *private && inside(mount.target(), outer.target()));
-        let mounted = !matches!(
-            mount,
-            Mount::Mask { .. } | Mount::Folder { .. } | Mount::Link { .. } | Mount::File { .. }
-        );
-        if covered || !mounted {
-            return Ok(());
-        }
-        let (parent, name) = self.parent(mount.target())?;
-        self.make(&parent, name, folder)
-            .step_on("mount point", mount.target())
-    }
-
-    /// Take the source of a private mount from the stage; mapped ids need a clone of its own.
-    pub fn staged(&self, number: usize, mapping: Option<BorrowedFd>) -> Result<OwnedFd, Failure> {
-        let name = staged(number);
-        let found = open_path(self.fd.as_fd(), relative(name.as_ref()), beneath())
-            .step_on("open", &name)?;
-        let tree = clone_at(&found, true).step_on("clone", &name)?;
-        if mapping.is_some() {
-            sys::mount_setattr(tree.as_fd(), true, 0, mapping).step_on("map ids", &name)?;
-        }
-        Ok(tree)
-    }
-
-    fn attach(
-        &mut self,
-        number: usize,
-        mount: &Mount,
-        tree: Option<OwnedFd>,
-        mapping: Option<BorrowedFd>,
-    ) -> Result<(), Failure> {
-        match mount {
-            Mount::Bind { target, .. } => {
-                let tree = tree.ok_or(Failure::protocol("bind without a source"))?;
-                let folder = is_folder(tree.as_fd()).step_on("stat", &**target)?;
-                self.put(&tree, target, folder)
-            }
-            Mount::Overlay { target, .. } => {
-                let tree = tree.ok_or(Failure::protocol("overlay without a source"))?;
-                self.put(&tree, staged(number).as_ref(), true)?;
-                overlay::reserve(self, number)?;
-                let (parent, name) = self.parent(target)?;
-                let _ = mapping;
-                self.make(&parent, name, true)
-                    .step_on("mount point", &**target)
-            }
-            Mount::Tmpfs {
-                target,
-                bytes,
-                inodes,
-                mode,
-            } => {
-                let tree = scratch(*bytes, *inodes, *mode)?;
-                self.put(&tree, target, true)?;
-                self.adopt(target)
-            }
-            Mount::Proc { target } => {
-                let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
-                    | MountAttrFlags::MOUNT_ATTR_NODEV
-                    | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-                // proc(5): who may not be traced does not show; our own init is such a process.
-                let options = [("hidepid", "ptraceable".to_owned())];
-                self.put(&fresh("proc", &options, attributes)?, target, true)
-            }
-            Mount::Mask { target, empty } => self.mask(target, *empty),
-            Mount::Folder { target } => {
-                let (parent, name) = self.parent(target)?;
-                self.make(&parent, name, true).step_on("mkdir", &**target)
-            }
-            Mount::Link { target, to } => {
-                let (parent, name) = self.parent(target)?;
-                rustix::fs::symlinkat(&**to, parent, name).step_on("symlink", &**target)
-            }
-            Mount::File { target, text } => {
-                let (parent, name) = self.parent(target)?;
-                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o444))
-                    .step_on("create", &**target)?;
-                rustix::io::write(&file, text.as_bytes()).step_on("write", &**target)?;
-                Ok(())
-            }
-        }
-    }
-
-    /// Cover what is at `target` with nothing: a folder that cannot be entered, a file that cannot
-    /// be opened, or an `empty` one that can. What this kernel lacks needs no mask.
-    fn mask(&self, target: &OsStr, empty: bool) -> Result<(), Failure> {
-        let place = match open_path(self.fd.as_fd(), relative(target), beneath()) {
-            Err(Errno::NOENT) => return Ok(()),
-            found => found.step_on("open", target)?,
-        };
-        let folder = is_folder(place.as_fd()).step_on("stat", target)?;
-        let nothing = self.clone_of(match (folder, empty) {
-            (true, _) => EMPTY,
-            (false, false) => NOTHING,
-            (false, true) => "/dev/null",
-        })?;
-        move_onto(&nothing, &place).step_on("mask", target)
-    }
-
-    fn clone_of(&self, path: &str) -> Result<OwnedFd, Failure> {
-        let found =
-            open_path(self.fd.as_fd(), relative(path.as_ref()), beneath()).step_on("open", path)?;
-        clone_at(&found, false).step_on("clone", path)
-    }
-
-    /// Attach a detached mount at `target`, making the mount point where our own root needs one.
-    pub fn put(&self, tree: &OwnedFd, target: &OsStr, folder: bool) -> Result<(), Failure> {
-        let (parent, name) = self.parent(target)?;
-        self.make(&parent, name, folder)
-            .step_on("mount point", target)?;
-        self.put_on(tree, target)
-    }
-
-    fn put_on(&self, tree: &OwnedFd, target: &OsStr) -> Result<(), Failure> {
-        let place =
-            open_path(self.fd.as_fd(), relative(target), beneath()).step_on("open", target)?;
-        move_onto(tree, &place).step_on("attach", target)
-    }
-
-    /// Open the folder that holds `target`, making missing ones, and name the last component.
-    fn parent<'a>(&self, target: &'a OsStr) -> Result<(OwnedFd, &'a OsStr), Failure> {
-        let path = relative(target).as_bytes();
-        let cut = path.iter().rposition(|byte| *byte == b'/');
-        let (folders, name) = cut.map_or((&path[..0], path), |at| (&path[..at], &path[at + 1..]));
-        let name = OsStr::from_bytes(name);
-        if let Ok(found) = open_path(
-            self.fd.as_fd(),
-            if folders.is_empty() {
-                OsStr::new(".")
-            } else {
-                OsStr::from_bytes(folders)
-            },
-            beneath(),
-        ) {
-            return Ok((found, name));
-        }
-        let mut current = open_path(self.fd.as_fd(), ".", beneath()).step_on("open", target)?;
-        for folder in folders.split(|byte| *byte == b'/') {
-            if folder.is_empty() {
-                continue;
-            }
-            let folder = OsStr::from_bytes(folder);
-            self.make(&current, folder, true)
-                .step_on("mkdir for", target)?;
-            current = open_path(current.as_fd(), folder, beneath()).step_on("open", target)?;
-        }
-        Ok((current, name))
-    }
-
-    /// Make an empty folder or file, unless it is there or would be on a file system not ours.
-    pub fn make(&self, parent: &OwnedFd, name: &OsStr, folder: bool) -> Result<(), Errno> {
-        if !self.own.contains(&rustix::fs::fstat(parent)?.st_dev) {
-            return Ok(());
-        }
-        let made = if folder {
-            rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))
-        } else {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-            rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o444)).map(drop)
-        };
-        match made {
-            Err(Errno::EXIST) => Ok(()),
-            made => made,
-        }
-    }
-}
-
-/// Where the source of a mount waits.
-pub fn staged(number: usize) -> String {
-    format!("{STAGE}/{number}")
-}
-
-fn move_onto(tree: &OwnedFd, place: &OwnedFd) -> Result<(), Errno> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    rustix::mount::move_mount(tree.as_fd(), "", place.as_fd(), "", flags)
-}
-
-/// A new private tmpfs.
-pub fn scratch(bytes: u64, inodes: u64, mode: u32) -> Result<OwnedFd, Failure> {
-    let options = [
-        ("size", bytes.to_string()),
-        ("nr_inodes", inodes.to_string()),
-        ("mode", format!("{mode:o}")),
-    ];
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    fresh("tmpfs", &options, attributes)
-}
-
-/// A new instance of a file system, not yet visible anywhere, fsopen(2).
-pub fn fresh(
-    kind: &str,
-    options: &[(&str, String)],
-    attributes: MountAttrFlags,
-) -> Result<OwnedFd, Failure> {
-    let context =
-        rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).step_on("fsopen", kind)?;
-    for (key, value) in options {
-        let set = if value.is_empty() {
-            rustix::mount::fsconfig_set_flag(context.as_fd(), *key)
-        } else {
-            rustix::mount::fsconfig_set_string(context.as_fd(), *key, value.as_str())
-        };
-        set.step_on("configure", key)?;
-    }
-    rustix::mount::fsconfig_create(context.as_fd()).step_on("create", kind)?;
-    rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-        .step_on("mount", kind)
-}
-
-pub fn relative(target: &OsStr) -> &OsStr {
-    let bytes = target.as_bytes();
-    let slashes = bytes.iter().take_while(|byte| **byte == b'/').count();
-    OsStr::from_bytes(&bytes[slashes..])
-}
-
-pub fn beneath() -> ResolveFlags {
-    ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS
-}
-
-/// Open a path without any access to its content, openat2(2).
-pub fn open_path(
-    at: BorrowedFd,
-    path: impl AsRef<OsStr>,
-    resolve: ResolveFlags,
-) -> Result<OwnedFd, Errno> {
-    // Without O_NOFOLLOW: together with O_PATH it would open a link as itself, openat2(2).
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    rustix::fs::openat2(at, path.as_ref(), flags, Mode::empty(), resolve)
-}
-
-fn is_folder(fd: BorrowedFd) -> Result<bool, Errno> {
-    let stat = rustix::fs::fstat(fd)?;
-    Ok(rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory)
+    let chosen = plan.mounts.iter().zip(private).filter(|(_, private)| **private);
+    chosen.map(|(mount, _)| mount.target().to_os_string()).collect()
 }

@@ -84,12 +84,7 @@ pub fn clone_sharing(body: &mut dyn FnMut()) -> Result<i32, Errno> {
     // descriptors and signal actions; nobody else runs in this memory until it is done with it.
     let pid = check(
         unsafe {
-            libc::clone(
-                enter,
-                stack.as_mut_ptr_range().end.cast(),
-                flags,
-                (&raw mut body).cast(),
-            )
+            libc::clone(enter, stack.as_mut_ptr_range().end.cast(), flags, (&raw mut body).cast())
         }
         .into(),
     )?;
@@ -117,12 +112,7 @@ pub fn mount_setattr(
         userns: u64,
     }
     let attributes = MountAttr {
-        set: set
-            | if mapping.is_some() {
-                MOUNT_ATTR_IDMAP
-            } else {
-                0
-            },
+        set: set | if mapping.is_some() { MOUNT_ATTR_IDMAP } else { 0 },
         clear: 0,
         propagation: 0,
         userns: mapping.map_or(0, |fd| u64::try_from(fd.as_raw_fd()).unwrap_or(0)),
@@ -164,16 +154,8 @@ pub fn drop_capabilities() -> Result<(), Errno> {
     drop_bounding_set()?;
     // SAFETY: prctl(2) with scalar arguments.
     check(
-        unsafe {
-            libc::prctl(
-                libc::PR_CAP_AMBIENT,
-                libc::PR_CAP_AMBIENT_CLEAR_ALL,
-                0,
-                0,
-                0,
-            )
-        }
-        .into(),
+        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }
+            .into(),
     )?;
     let header = [HEADER_V3, 0];
     let none = [0_u32; 6];
@@ -186,16 +168,31 @@ pub fn landlock_abi() -> i32 {
     const VERSION: libc::c_ulong = 1;
     // SAFETY: a null attribute of size zero asks for the version only.
     let abi = check(unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<u8>(),
-            0,
-            VERSION,
-        )
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, VERSION)
     });
-    abi.ok()
-        .and_then(|abi| i32::try_from(abi).ok())
-        .unwrap_or(0)
+    abi.ok().and_then(|abi| i32::try_from(abi).ok()).unwrap_or(0)
+}
+
+/// Let `rights` be used on `object` and all below it, `landlock_add_rule(2)`.
+pub fn allow_beneath(ruleset: BorrowedFd, object: BorrowedFd, rights: u64) -> Result<(), Errno> {
+    const PATH_BENEATH: libc::c_int = 1;
+    #[repr(C, packed)]
+    struct PathBeneath {
+        rights: u64,
+        object: RawFd,
+    }
+    let rule = PathBeneath { rights, object: object.as_raw_fd() };
+    // SAFETY: the kernel's packed `struct landlock_path_beneath_attr`, which outlives the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_raw_fd(),
+            PATH_BENEATH,
+            &raw const rule,
+            0,
+        )
+    })
+    .map(drop)
 }
 
 /// Restrict this thread and its future children, `landlock_restrict_self(2)`.
@@ -218,27 +215,15 @@ pub fn load_filter(program: &[u8], listen: bool) -> Result<Option<OwnedFd>, Errn
         return Err(Errno::INVAL);
     }
     let length = u16::try_from(program.len() / 8).map_err(|_| Errno::INVAL)?;
-    let program = Program {
-        length,
-        instructions: program.as_ptr(),
-    };
+    let program = Program { length, instructions: program.as_ptr() };
     const SET_MODE_FILTER: libc::c_ulong = 1;
     // Linux 5.19; without the second one a signal would make a call be asked about twice.
     const NEW_LISTENER: libc::c_ulong = 1 << 3;
     const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
-    let flags = if listen {
-        NEW_LISTENER | WAIT_KILLABLE_RECV
-    } else {
-        0
-    };
+    let flags = if listen { NEW_LISTENER | WAIT_KILLABLE_RECV } else { 0 };
     // SAFETY: the kernel's `struct sock_fprog` pointing at `length` whole instructions.
     let result = check(unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            SET_MODE_FILTER,
-            flags,
-            &raw const program,
-        )
+        libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program)
     })?;
     if !listen {
         return Ok(None);
@@ -250,10 +235,7 @@ pub fn load_filter(program: &[u8], listen: bool) -> Result<Option<OwnedFd>, Errn
 
 /// Bound one resource, setrlimit(2), soft and hard alike. A lower bound in force stays in force.
 pub fn limit(resource: u32, value: u64) -> Result<(), Errno> {
-    let mut bound = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
+    let mut bound = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a valid structure; an unknown resource number is answered with EINVAL.
     check(unsafe { libc::getrlimit(resource, &raw mut bound) }.into())?;
     bound.rlim_max = bound.rlim_max.min(value);
@@ -296,9 +278,6 @@ pub fn place(fd: RawFd, target: RawFd) -> Result<(), Errno> {
 
 /// A descriptor that reads as ready when a child changed state, signalfd(2). Blocks SIGCHLD.
 pub fn child_events() -> Result<OwnedFd, Errno> {
-    // What a supervisor ignores stays ignored over execve(2), and then nobody's end is told.
-    // SAFETY: SIG_DFL needs no handler.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: the set is initialised by sigemptyset before it is used; the descriptor is new.
     unsafe {
         let mut set = std::mem::zeroed();
@@ -308,18 +287,20 @@ pub fn child_events() -> Result<OwnedFd, Errno> {
         let fd = check(
             libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK).into(),
         )?;
-        Ok(OwnedFd::from_raw_fd(
-            RawFd::try_from(fd).map_err(|_| Errno::BADF)?,
-        ))
+        Ok(OwnedFd::from_raw_fd(RawFd::try_from(fd).map_err(|_| Errno::BADF)?))
     }
 }
 
-/// Undo what the parent did to signals: default actions, nothing blocked.
-pub fn reset_signals() -> Result<(), Errno> {
+/// Undo what the parent did to signals: default actions, here and in every process to come.
+pub fn reset_signals() {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL needs no handler; KILL and STOP answer EINVAL, which is fine.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+}
+
+/// Block no signal.
+pub fn unblock_signals() -> Result<(), Errno> {
     // SAFETY: an initialised empty set.
     unsafe {
         let mut set = std::mem::zeroed();
@@ -368,10 +349,7 @@ pub fn children_usage() -> Usage {
 /// Replace this process, execve(2). Returns only the reason it failed.
 pub fn exec(path: &CString, argv: &[CString], environment: &[CString]) -> Errno {
     let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
-        list.iter()
-            .map(|text| text.as_ptr())
-            .chain([std::ptr::null()])
-            .collect()
+        list.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect()
     };
     let (argv, environment) = (pointers(argv), pointers(environment));
     // SAFETY: both arrays end with NULL and their strings outlive the call.

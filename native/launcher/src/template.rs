@@ -3,12 +3,15 @@
 //! It lives in a mount namespace whose root holds what all of its sandboxes see; each sandbox gets
 //! a copy of that namespace and only what is private is mounted anew. The supervisor asks with one
 //! byte and is handed a sandbox that waits to be told its program: the queue of the socket between
-//! them is the pool of waiting sandboxes. Nothing is ever used twice.
+//! them is the pool of waiting sandboxes. Nothing is ever used twice; but the place of one that is
+//! gone is filled again, where it was asked for so.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::AtFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
@@ -22,11 +25,10 @@ use crate::{account, confine, identity, init, receive, sys};
 
 /// LIMIT: sandboxes of one template that live at the same time; root gives each its own uid.
 const LIVING_MAX: u32 = 1024;
+/// LIMIT: how long sandboxes may take to end; what lives after half of it is killed.
+const ENDING_MAX: Duration = Duration::from_secs(3);
 /// How long to wait until a busy cgroup is tried again.
-const RETRY: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 20_000_000,
-};
+const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// The namespaces a template of this plan is cloned into.
 pub fn namespaces(plan: &Plan) -> u64 {
@@ -38,8 +40,12 @@ pub fn namespaces(plan: &Plan) -> u64 {
 }
 
 /// Run as the template's process. Never returns.
-pub fn run(plan: &Plan, filter: Vec<u8>, socket: &OwnedFd) -> ! {
-    let ended = Template::build(plan, filter, socket).and_then(|mut template| template.serve());
+pub fn run(plan: &Plan, filter: Vec<u8>, socket: &OwnedFd, launcher: &OwnedFd) -> ! {
+    let ended = Template::build(plan, filter, socket, launcher).and_then(|mut template| {
+        let served = template.serve();
+        template.end();
+        served
+    });
     if let Err(failure) = ended {
         report::send(socket, &Message::Failed(&failure));
     }
@@ -51,9 +57,11 @@ pub struct Template<'a> {
     pub plan: &'a Plan,
     pub filter: Vec<u8>,
     pub socket: &'a OwnedFd,
+    /// Tells that the launcher ends or is gone.
+    launcher: &'a OwnedFd,
     pub lifeline: OwnedFd,
-    /// Held open for as long as this process lives; its closing tells every init to end.
-    _life: OwnedFd,
+    /// Held open until this process ends; its closing tells every init to end.
+    life: Option<OwnedFd>,
     pub as_root: bool,
     /// The host's procfs: names every process also where no other is mounted.
     pub proc: OwnedFd,
@@ -72,8 +80,14 @@ pub struct Template<'a> {
 
 struct Living {
     slot: u32,
-    cgroups: String,
+    /// Of its cgroups and its scratch folder.
+    name: String,
+    /// Another one is to be made when this one is gone.
+    again: bool,
 }
+
+/// What the supervisor asks with: make one; and another whenever that one is gone.
+const AGAIN: &[u8] = b"+";
 
 /// One sandbox, as its init takes it over.
 pub struct Birth {
@@ -89,32 +103,35 @@ pub struct Birth {
 }
 
 impl<'a> Template<'a> {
-    fn build(plan: &'a Plan, filter: Vec<u8>, socket: &'a OwnedFd) -> Result<Self, Failure> {
-        sys::close_all_but(&[0, 1, 2, socket.as_raw_fd()]).step("close inherited descriptors")?;
+    fn build(
+        plan: &'a Plan,
+        filter: Vec<u8>,
+        socket: &'a OwnedFd,
+        launcher: &'a OwnedFd,
+    ) -> Result<Self, Failure> {
+        let own = [0, 1, 2, socket.as_raw_fd(), launcher.as_raw_fd()];
+        sys::close_all_but(&own).step("close inherited descriptors")?;
         let (lifeline, life) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("lifeline")?;
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).step("subreaper")?;
         // What only the host's own tree shows, before it is left.
         let hierarchies = Hierarchies::open(&plan.cgroups)?;
         let proc = account::open_folder("/proc".as_ref())?;
-        let scratch = plan
-            .scratch
-            .as_deref()
-            .map(account::open_folder)
-            .transpose()?;
+        let scratch = plan.scratch.as_deref().map(account::open_folder).transpose()?;
         let as_root = identity::is_root();
         let mut mappings = HashMap::new();
         let root = if plan.has(Layer::Namespaces) {
             rustix::system::sethostname(b"safeconduct").step("sethostname")?;
             let mapping = identity::mapping_for(&proc, &plan.identity, plan.identity.uid)?;
-            let root = Root::build(plan, mapping.as_ref().map(AsFd::as_fd), socket.as_fd())?;
+            let root = Root::build(plan, mapping.as_ref().map(AsFd::as_fd), socket.as_fd())
+                .map_err(Failure::or_stale)?;
             mappings.extend(mapping.map(|fd| (plan.identity.uid, fd)));
             Some(root)
         } else {
             None
         };
         let private = root.as_ref().map_or(&[][..], Root::private);
-        let rules = confine::Rules::open(&plan.landlock, private)?;
+        let rules = confine::Rules::open(&plan.landlock, private).map_err(Failure::or_stale)?;
         let null = rustix::fs::open(
             "/dev/null",
             rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
@@ -125,8 +142,9 @@ impl<'a> Template<'a> {
             plan,
             filter,
             socket,
+            launcher,
             lifeline,
-            _life: life,
+            life: Some(life),
             as_root,
             proc,
             root,
@@ -150,6 +168,7 @@ impl<'a> Template<'a> {
             let mut polled = [
                 PollFd::new(self.socket, PollFlags::IN),
                 PollFd::new(&self.events, PollFlags::IN),
+                PollFd::new(self.launcher, PollFlags::IN),
             ];
             let timeout = (!self.busy.is_empty()).then_some(&RETRY);
             match rustix::event::poll(&mut polled, timeout) {
@@ -157,21 +176,50 @@ impl<'a> Template<'a> {
                 Err(errno) => return Err(Failure::new("poll", errno)),
             }
             let asked = !polled[0].revents().is_empty();
+            if !polled[2].revents().is_empty() {
+                return Ok(());
+            }
             self.reap();
             if !asked {
                 continue;
             }
-            if receive::datagram(self.socket)?.is_none() {
+            let Some((how, _)) = receive::datagram(self.socket)? else {
                 return Ok(());
+            };
+            self.supply(how == AGAIN);
+        }
+    }
+
+    /// End all sandboxes and remove what was made for them. What is stopped is killed.
+    fn end(&mut self) {
+        self.life = None;
+        let begun = Instant::now();
+        let mut patient = true;
+        while !(self.living.is_empty() && self.busy.is_empty()) {
+            let waited = begun.elapsed();
+            if waited > ENDING_MAX {
+                return;
             }
-            if let Err(failure) = self.make() {
-                report::send(self.socket, &Message::Failed(&failure));
+            if patient && waited > ENDING_MAX / 2 {
+                patient = false;
+                for init in self.living.keys().filter_map(|pid| Pid::from_raw(*pid)) {
+                    let _ = rustix::process::kill_process(init, Signal::KILL);
+                }
             }
+            let mut polled = [PollFd::new(&self.events, PollFlags::IN)];
+            let _ = rustix::event::poll(&mut polled, Some(&RETRY));
+            self.reap();
+        }
+    }
+
+    fn supply(&mut self, again: bool) {
+        if let Err(failure) = self.make(again) {
+            report::send(self.socket, &Message::Failed(&failure));
         }
     }
 
     /// Make one sandbox and hand it to the supervisor.
-    fn make(&mut self) -> Result<(), Failure> {
+    fn make(&mut self, again: bool) -> Result<(), Failure> {
         self.made += 1;
         let number = self.made;
         let slot = self.free_slot()?;
@@ -183,13 +231,11 @@ impl<'a> Template<'a> {
             None,
         )
         .step("channel")?;
-        let (read_out, stdout) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("pipe")?;
-        let (read_err, stderr) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).step("pipe")?;
+        let (read_out, stdout) = output_pipe().step("pipe")?;
+        let (read_err, stderr) = output_pipe().step("pipe")?;
         let mapping = self.mapping(uid)?;
         let scratch = self.make_scratch(number, uid, gid)?;
-        let cgroups = self
-            .hierarchies
-            .make(&format!("{}-{number}", self.plan.name))?;
+        let cgroups = self.hierarchies.make(&format!("{}-{number}", self.plan.name))?;
         let name = cgroups.name().to_owned();
         let birth = Birth {
             channel,
@@ -205,13 +251,7 @@ impl<'a> Template<'a> {
         match cloned.step("clone namespaces") {
             Ok(None) => init::run(self, &birth),
             Ok(Some(pid)) => {
-                self.living.insert(
-                    pid,
-                    Living {
-                        slot,
-                        cgroups: name,
-                    },
-                );
+                self.living.insert(pid, Living { slot, name, again });
             }
             Err(failure) => {
                 self.hierarchies.remove(&name);
@@ -221,10 +261,10 @@ impl<'a> Template<'a> {
         let message = Message::Sandbox {
             number,
             uid,
+            again,
             scratch: scratch.as_ref().map(|(name, _)| name.as_str()),
         };
-        let mut handed: Vec<BorrowedFd> = vec![ours.as_fd(), read_out.as_fd(), read_err.as_fd()];
-        handed.extend(birth.cgroups.folders.iter().map(AsFd::as_fd));
+        let handed = [ours.as_fd(), read_out.as_fd(), read_err.as_fd()];
         report::send_with(self.socket, &message, &handed);
         Ok(())
     }
@@ -232,13 +272,7 @@ impl<'a> Template<'a> {
     /// Forget in a new init what belongs to the template or to other sandboxes: a copy of its
     /// socket or of the channel's other end would hide that they were closed.
     pub fn keep_only(&self, birth: &Birth) -> Result<(), Failure> {
-        let own = [
-            &birth.channel,
-            &birth.stdout,
-            &birth.stderr,
-            &self.lifeline,
-            &self.proc,
-        ];
+        let own = [&birth.channel, &birth.stdout, &birth.stderr, &self.lifeline, &self.proc];
         let mut keep: Vec<_> = own.map(AsRawFd::as_raw_fd).to_vec();
         keep.extend([0, 1, 2, self.null.as_raw_fd()]);
         keep.extend(birth.cgroups.folders.iter().map(AsRawFd::as_raw_fd));
@@ -290,10 +324,7 @@ impl<'a> Template<'a> {
         let folder =
             rustix::fs::openat(base, name.as_str(), flags, Mode::empty()).step("open scratch")?;
         if self.as_root {
-            let (uid, gid) = (
-                rustix::fs::Uid::from_raw(uid),
-                rustix::fs::Gid::from_raw(gid),
-            );
+            let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
             let flags = rustix::fs::AtFlags::EMPTY_PATH;
             rustix::fs::chownat(&folder, "", Some(uid), Some(gid), flags).step("own scratch")?;
         }
@@ -306,10 +337,18 @@ impl<'a> Template<'a> {
     fn reap(&mut self) {
         receive::drain(&self.events);
         let mut lost = false;
+        let mut again = Vec::new();
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
             lost |= status.terminating_signal().is_some();
             if let Some(living) = self.living.remove(&pid.as_raw_nonzero().get()) {
-                self.busy.push(living.cgroups);
+                // Empty where it was never used; otherwise the supervisor removes it.
+                if let Some(base) = self.scratch.as_ref().filter(|_| self.life.is_none()) {
+                    let _ = rustix::fs::unlinkat(base, &*living.name, AtFlags::REMOVEDIR);
+                }
+                self.busy.push(living.name);
+                if living.again && self.life.is_some() {
+                    again.push(status.exit_status() == Some(0));
+                }
             }
         }
         if lost && !self.plan.has(Layer::Namespaces) {
@@ -317,6 +356,15 @@ impl<'a> Template<'a> {
         }
         let hierarchies = &self.hierarchies;
         self.busy.retain(|name| !hierarchies.remove(name));
+        for well in again {
+            if well {
+                self.supply(true);
+            } else {
+                // What failed or was killed may do so again at once, and for ever.
+                let failure = Failure::new("sandbox", Errno::CHILD);
+                report::send(self.socket, &Message::Failed(&failure));
+            }
+        }
     }
 
     fn end_orphans(&self) {
@@ -335,8 +383,13 @@ impl<'a> Template<'a> {
     }
 }
 
+/// A pipe whose reader never waits; its writer does.
+fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::NONBLOCK)?;
+    Ok((reader, writer))
+}
+
 fn copy(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Failure> {
-    fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3))
-        .transpose()
-        .step("copy descriptor")
+    fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3)).transpose().step("copy descriptor")
 }

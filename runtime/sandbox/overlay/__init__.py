@@ -1,6 +1,6 @@
 """Step "sandbox": a workspace that a tool changes only in an overlay: diff, commit, rollback.
 
-    Snapshot.take → mount, run, end → diff → commit, or rollback: close the upper folder
+    Keeper.begin → Layers.mount → run, end → Layers.keep: a set on the shelf → commit or drop
 
 docs/workspace.md says what is promised. The upper folder is hostile; the base may change at any
 time; nothing here follows a symbolic link.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from . import shelf
 from .changes import Bounds, Change, Changes, Conflict, Kind, Node
 from .commit import CommitReport, commit
+from .keeping import Keeper, Layers
 from .names import protects
 from .recovery import Recovered, Recovery, recover
 from .seen import Identity, Marks, Snapshot
@@ -24,7 +25,9 @@ __all__ = [
     "CommitReport",
     "Conflict",
     "Identity",
+    "Keeper",
     "Kind",
+    "Layers",
     "Marks",
     "Node",
     "Recovered",

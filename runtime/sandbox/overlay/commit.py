@@ -11,15 +11,15 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from safeconduct.call import Json
 from safeconduct.errors import SandboxFailed
 
-from . import kernel
-from .changes import Change, Changes, Conflict
+from . import content, kernel
+from .changes import Change, Changes, Conflict, Kind, Node
 from .journal import Act, Journal, Plan, Step, locked, plan
 from .recovery import chmod_entry, finish, look, recover_locked, restore
 from .seen import Identity
@@ -83,7 +83,7 @@ def commit(
     try:
         with locked(journal):
             recover_locked(journal, workspace)
-            planned = plan(changes)
+            planned = plan(_rebased(changes, workspace))
             _check(planned, workspace)
             if not planned.steps:
                 return CommitReport(refused=changes.refused)
@@ -127,6 +127,46 @@ def _sync_parents(workspace: int, steps: Sequence[Step]) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _rebased(changes: Changes, workspace: int) -> Changes:
+    """Take over base entries that are what the diff saw though their change time moved: after a
+    commit that was restored, a new link, a chmod there and back. What a file holds is compared.
+    """
+    entries = [replace(change, base=_now(change, workspace)) for change in changes]
+    return Changes(entries=tuple(entries))
+
+
+def _now(change: Change, workspace: int) -> Identity | None:
+    """Return the identity to compare from now on. INVARIANT: ``_check`` looks again, and strictly:
+    what moves after this is a conflict.
+    """
+    base = change.base
+    status = look(workspace, change.path) if base is not None else None
+    if base is None or status is None or change.refused or change.conflict:
+        return base
+    now = Identity.of(status)
+    if now == base or not _is_same(change, base, status):
+        return base
+    if stat.S_ISREG(base.mode) and _digest(workspace, change.path, base.size) != change.before:
+        return base
+    return now
+
+
+def _is_same(change: Change, base: Identity, status: os.stat_result) -> bool:
+    if change.kind is Kind.MODE and change.node is Node.FOLDER:
+        # What was made in it meanwhile, and be it by us, does not make it another one.
+        now = Identity.of(status)
+        return (base.device, base.inode, base.mode) == (now.device, now.inode, now.mode)
+    return base.moved(status)
+
+
+def _digest(workspace: int, path: str, size: int) -> str:
+    try:
+        with content.regular(kernel.open_beneath(workspace, path, kernel.FILE)) as fd:
+            return content.digest(fd, size)
+    except (OSError, content.Moved):
+        return ""
 
 
 def _check(planned: Plan, workspace: int) -> None:

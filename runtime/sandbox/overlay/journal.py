@@ -168,6 +168,7 @@ class Journal:
                 f"The journal in {folder} belongs to another workspace.",
                 step="recover",
                 code="workspace.journal",
+                hint=f"Put that one back where it was; if it is gone, remove {folder / _FILE}.",
             )
         journal = cls(folder, tuple(_step(one) for one in _list(records[0]["steps"])))
         for record in records[1:]:

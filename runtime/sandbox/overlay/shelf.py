@@ -7,12 +7,14 @@ Such a folder stands for the upper folder in ``unified`` and ``commit``.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,15 @@ from .recovery import remove_tree
 from .stage import copy_bytes
 
 _ID: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
-_FILE, _TREE = "changes.json", "tree"
+_FILE, _TREE, _SIZE = "changes.json", "tree", "bytes"
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# LIMIT: bytes of one list of changes that is read back, and shelved sets in one listing.
+# LIMIT: bytes of one list of changes that is read back; sets and bytes that are kept before the
+# next call is refused, so that an agent cannot fill the state folder's disk.
 _LIST_BYTES_MAX: Final = 512 << 20
 _SETS_MAX: Final = 1_000
+_BYTES_MAX: Final = 8 << 30
+# Nobody takes so long to make a set.
+_DRAFT_SECONDS: Final = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +48,25 @@ class Shelved:
     changes: Changes
 
 
-def shelve(folder: Path, changes: Changes, *, upper: int, workspace: str) -> str:
-    """Keep changes below ``folder``, a private folder of ours; return the name of the set.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one overlay of a set holds: its upper folder, and where it lies in the workspace.
 
-    Call it after the last process of the tool is gone; afterwards the overlay may be dropped.
-    Raises Moved where the upper folder is not what the diff read, and OSError for a full disk;
-    then nothing is kept.
+    ``below`` is "" for the workspace itself, else a path that ends with a slash. The paths of
+    ``changes`` begin with it.
+    """
+
+    changes: Changes
+    upper: int
+    below: str = ""
+
+
+def shelve(folder: Path, parts: Sequence[Part], *, workspace: str) -> tuple[str, str]:
+    """Keep changes below ``folder``, a private folder of ours; return name and digest of the set.
+
+    Call it after the last process of the tool is gone; afterwards the overlays may be dropped.
+    Raises Moved where an upper folder is not what the diff read, and OSError for a full disk;
+    then nothing is kept. The digest is the SHA-256 of its list of changes.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
@@ -56,31 +75,65 @@ def shelve(folder: Path, changes: Changes, *, upper: int, workspace: str) -> str
     try:
         (draft / _TREE).mkdir(mode=0o700)
         with _opened(draft / _TREE) as tree:
-            for change in changes:
-                if change.node is Node.FILE and change.kind is not Kind.DELETED:
-                    _keep(tree, change, upper)
+            kept = sum(_keep(tree, change, part) for part in parts for change in part.changes)
         data = {
             "version": 1,
             "workspace": workspace,
-            "changes": [change.to_json() for change in changes],
+            "changes": [change.to_json() for part in parts for change in part.changes],
         }
-        (draft / _FILE).write_text(json.dumps(data, ensure_ascii=True))
-        with _opened(draft) as fd:
-            kernel.sync_file_system(fd)
+        text = json.dumps(data, ensure_ascii=True)
+        if len(text) > _LIST_BYTES_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # it could not be read back
+        (draft / _FILE).write_text(text)
+        (draft / _SIZE).write_text(str(kept + len(text)))
+        # As lasting as what a call writes directly: a power cut may lose it, and a commit compares
+        # every digest.
         draft.rename(folder / name)
     except BaseException:
         _remove(folder, draft.name)
         raise
-    return name
+    return name, hashlib.sha256(text.encode()).hexdigest()
 
 
 def shelved(folder: Path) -> list[str]:
     """Return the names of the kept sets, newest first."""
     try:
-        names = [name for name in os.listdir(folder) if _ID.fullmatch(name)]
+        with os.scandir(folder) as entries:
+            sets = [
+                (one.stat().st_mtime_ns, one.name) for one in entries if _ID.fullmatch(one.name)
+            ]
     except FileNotFoundError:
         return []
-    return sorted(names, reverse=True)[:_SETS_MAX]
+    return [name for _, name in sorted(sets, reverse=True)]
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise SandboxFailed (`workspace.changes_full`) where no other set may be kept."""
+    names = shelved(folder)
+    if len(names) >= _SETS_MAX or sum(_size(folder / name) for name in names) > _BYTES_MAX:
+        raise SandboxFailed(
+            f"{len(names)} sets of changes wait for a decision; no more are kept.",
+            step="changes",
+            code="workspace.changes_full",
+            hint="Look at them with `safeconduct changes ls`; commit them or roll them back.",
+        )
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half made or half removed, if it is a day old."""
+    before = time.time() - _DRAFT_SECONDS
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            draft = entry.name.startswith(".") and _ID.fullmatch(entry.name[1:])
+            if draft and entry.stat(follow_symlinks=False).st_mtime < before:
+                _remove(folder, entry.name)
+
+
+def _size(kept: Path) -> int:
+    try:
+        return int((kept / _SIZE).read_text())
+    except (OSError, ValueError):
+        return 0  # dropped meanwhile
 
 
 def load(folder: Path, name: str) -> Shelved:
@@ -121,13 +174,15 @@ def drop(folder: Path, name: str) -> None:
         _remove(folder, f".{name}")
 
 
-def _keep(tree: int, change: Change, upper: int) -> None:
-    if change.refused:
-        return
+def _keep(tree: int, change: Change, part: Part) -> int:
+    """Copy what a file holds; return how many bytes it has."""
+    if change.refused or change.node is not Node.FILE or change.kind is Kind.DELETED:
+        return 0
     above, _, name = change.path.rpartition("/")
+    inside = change.path.removeprefix(part.below)
     folder = _make_folders(tree, above)
     try:
-        with content.regular(kernel.open_beneath(upper, change.path, kernel.FILE)) as source:
+        with content.regular(kernel.open_beneath(part.upper, inside, kernel.FILE)) as source:
             target = os.open(name, _NEW, 0o600, dir_fd=folder)
             try:
                 if copy_bytes(source, target, change.size) != change.after:
@@ -136,6 +191,7 @@ def _keep(tree: int, change: Change, upper: int) -> None:
                 os.close(target)
     finally:
         os.close(folder)
+    return change.size
 
 
 def _make_folders(tree: int, path: str) -> int:

@@ -1,4 +1,7 @@
-"""What attacks need: sandboxes with exactly one barrier taken away, and something to attack."""
+"""What the sandbox tests share: one launcher, both tiers, a workspace that any user may enter.
+
+Attacks also get sandboxes with exactly one barrier taken away, and something to attack.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,7 +128,7 @@ class Weakened(NativeSandbox):
     def __init__(
         self, box: Box, launcher: Launcher, cgroups: Cgroups | None, change: Change
     ) -> None:
-        super().__init__(launcher, tier=box.tier, cgroups=cgroups)
+        super().__init__(launcher, tier=box.tier, cgroups=cgroups, ahead=0)
         self._change = change
 
     def _plan(
@@ -140,9 +143,17 @@ class Weakened(NativeSandbox):
 
 
 @pytest.fixture
-def weaken(box: Box, launcher: Launcher, cgroups: Cgroups | None) -> Callable[[Change], Box]:
+def weaken(
+    box: Box, launcher: Launcher, cgroups: Cgroups | None
+) -> Iterator[Callable[[Change], Box]]:
     """Return a maker of boxes whose requests are changed."""
-    return lambda change: replace(box, sandbox=Weakened(box, launcher, cgroups, change))
+    with ExitStack() as made:
+
+        def make(change: Change) -> Box:
+            weakened = made.enter_context(closing(Weakened(box, launcher, cgroups, change)))
+            return replace(box, sandbox=weakened)
+
+        yield make
 
 
 @pytest.fixture

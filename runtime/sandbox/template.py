@@ -1,0 +1,117 @@
+"""Step "sandbox": the line to a template, which makes the sandboxes of one plan ahead of time.
+
+The queue of the socket to it is the pool of those that wait.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from safeconduct.errors import SandboxFailed
+
+from .channel import Channel, Message, failure_of, parse, receive, wait
+
+# What template.rs understands.
+_ONCE, _AGAIN = b"1", b"+"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A sandbox that waits for its program, and what belongs to it; ``close`` ends it unused."""
+
+    number: int
+    uid: int
+    again: bool
+    scratch: str | None
+    channel: Channel
+    stdout: int
+    stderr: int
+
+    def close(self) -> None:
+        """Close every descriptor, which ends the sandbox. Does not wait."""
+        self.channel.close()
+        os.close(self.stdout)
+        os.close(self.stderr)
+
+
+class Template:
+    """The process that makes the sandboxes of one plan. Safe to use from several threads."""
+
+    def __init__(self, end: socket.socket, name: str) -> None:
+        self._socket = end
+        self.name = name
+        # The layer that all sandboxes share, and the folder it makes with what is below it.
+        self.layer: int | None = None
+        self.merged: int | None = None
+
+    def ask(self, *, again: bool = False) -> None:
+        """Have a sandbox made; it arrives in the queue. Does not wait for it.
+
+        With ``again`` another one is made whenever one is gone that was asked for so.
+        """
+        try:
+            self._socket.send(_AGAIN if again else _ONCE)
+        except OSError as error:
+            raise SandboxFailed(f"The template is gone: {error}.", step="template") from error
+
+    def take(self, seconds: float) -> Waiting:
+        """Take one that was asked for, waiting for it at most ``seconds``.
+
+        Raises SandboxFailed where it could not be made or the template is gone.
+        """
+        while wait(self._socket, seconds):
+            waiting = self.take_ready()
+            if waiting is not None:
+                return waiting
+        raise SandboxFailed("No sandbox was made in time.", step="template")
+
+    def take_ready(self) -> Waiting | None:
+        """Take one if it has arrived. Never waits; raises as ``take``."""
+        try:
+            data, descriptors, flags = receive(self._socket)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise SandboxFailed(f"The template is gone: {error}.", step="template") from error
+        if not data:
+            raise SandboxFailed("The template of this sandbox died.", step="template")
+        return self._open(parse(data), descriptors, whole=not flags & socket.MSG_CTRUNC)
+
+    def _open(
+        self, message: Message | str, descriptors: list[int], *, whole: bool
+    ) -> Waiting | None:
+        if isinstance(message, Message) and message.template is not None:
+            return None
+        if message == "layer" and len(descriptors) == 2:
+            self.layer, self.merged = descriptors
+            return None
+        if isinstance(message, Message) and message.failed is not None:
+            raise failure_of(message.failed)
+        born = message.sandbox if isinstance(message, Message) else None
+        if born is None or len(descriptors) != 3 or not whole:
+            for fd in descriptors:
+                os.close(fd)
+            raise SandboxFailed(
+                "A sandbox arrived without its descriptors: this process may open no more.",
+                step="template",
+            )
+        channel, stdout, stderr = descriptors
+        return Waiting(
+            number=born.number,
+            uid=born.uid,
+            again=born.again,
+            scratch=born.scratch,
+            channel=Channel(channel),
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+    def close(self) -> None:
+        """End the template and every sandbox of it that still lives. Does not wait."""
+        self._socket.close()
+        for fd in (self.layer, self.merged):
+            if fd is not None:
+                os.close(fd)
+        self.layer = self.merged = None
