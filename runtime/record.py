@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 
 from safeconduct.attestation import TraceWriter, clear_name
 from safeconduct.call import (
@@ -21,11 +21,15 @@ from safeconduct.call import (
     Json,
     KeptChanges,
     Outcome,
+    Usage,
 )  # fmt: skip
 from safeconduct.errors import Denied, Error, LimitExceeded, ToolFailed
 
 # Tools whose effect stays on this machine; before all others the intent is on disk.
-_LOCAL_TOOLS = frozenset({"fs.read", "fs.list", "fs.write", "shell.run", "wasm.run"})
+_LOCAL_TOOLS = frozenset({"fs.read", "fs.list", "fs.write", "shell.run", "python.run", "wasm.run"})
+# The fields of what is recorded whole. Copying what they hold would take longer than encoding it.
+_DOCUMENT = tuple(field.name for field in fields(Document))
+_USAGE = tuple(field.name for field in fields(Usage))
 # LIMIT: names of refused system calls in one entry.
 _REFUSED_MAX = 64
 # LIMIT: sets of changes in one entry; a profile has as many as it writes to folders.
@@ -58,7 +62,7 @@ class Recorder:
         tool = _tool_name(call.tool)
         judged: dict[str, Json] = {"tool": tool, "arguments": None, "workspace": None}
         if document is not None:
-            judged = asdict(document)
+            judged = {name: getattr(document, name) for name in _DOCUMENT}
         body: dict[str, Json] = {
             "call": call.id,
             "tool": tool,
@@ -99,7 +103,7 @@ class Recorder:
             "signal": outcome.signal,
             "limit": outcome.limit,
             "truncated": outcome.truncated,
-            "usage": dict(asdict(outcome.usage)),
+            "usage": {name: getattr(outcome.usage, name) for name in _USAGE},
         }
         if outcome.refused:
             # Most often refused first; the names are the kernel's, whatever the program is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -122,12 +123,7 @@ def files(version: int, controller: str) -> list[str]:
 
 def parse(version: int, controllers: Sequence[str], texts: Sequence[str]) -> Charge:
     """Return what the texts of all ``files`` of these controllers say, in their order."""
-    kept = [
-        account.parse
-        for controller in controllers
-        for account in _ACCOUNTS[version]
-        if account.controller == controller
-    ]
+    kept = _parsers(version, tuple(controllers))
     values: dict[str, int | None] = {}
     for parse_one, text in zip(kept, texts, strict=False):
         try:
@@ -135,6 +131,16 @@ def parse(version: int, controllers: Sequence[str], texts: Sequence[str]) -> Cha
         except ValueError:
             continue  # empty: the kernel keeps no such account
     return Charge(**values)
+
+
+@cache
+def _parsers(version: int, controllers: tuple[str, ...]) -> tuple[_Parse, ...]:
+    return tuple(
+        account.parse
+        for controller in controllers
+        for account in _ACCOUNTS[version]
+        if account.controller == controller
+    )
 
 
 @dataclass(slots=True)

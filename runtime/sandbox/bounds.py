@@ -10,6 +10,7 @@ from dataclasses import replace
 from safeconduct.call import LIMIT_FIELDS, Held, Json, Limits, Tier
 
 from . import machine
+from .accounts import INIT_PIDS
 from .cgroup import Charge
 from .channel import Exit
 
@@ -38,7 +39,7 @@ def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str,
         # setrlimit(2): in a user namespace of its own it counts that sandbox alone; elsewhere all
         # processes of the user, so the bound starts from what already runs.
         shared = tier is not Tier.FULL and not machine.is_root()
-        values["nproc"] = limits.pids + (_own_tasks() + _SHARED_TASKS if shared else 0)
+        values["nproc"] = limits.pids + (_own_tasks() + _SHARED_TASKS if shared else INIT_PIDS)
     if limits.cpu_ms is not None:
         values["cpu"] = max(1, -(-limits.cpu_ms // 1000))
     return [{"name": name, "value": value} for name, value in values.items()]

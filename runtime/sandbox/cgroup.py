@@ -260,16 +260,22 @@ class Cgroups:
             sweeper.join()
         self._used.clear()
         self._used.extend(self._live.items())
-        self._used.extend(self._made_for_us())
+        self._used.extend(self._made_for_us(f"safeconduct-{os.getpid()}-{self._token}-*"))
         deadline = time.monotonic() + _REMOVE_SECONDS
         while self._used and time.monotonic() < deadline:
             self.sweep(len(self._used))
             if self._used:
                 time.sleep(0.005)
 
-    def _made_for_us(self) -> list[tuple[str, Cgroup]]:
+    def retire_made(self, name: str) -> None:
+        """Hand back what the launcher made under ``name`` and does not need any more: it removes
+        that itself, unless it was killed.
+        """
+        for made, left in self._made_for_us(f"{name}-*"):
+            self._retire(made, left)
+
+    def _made_for_us(self, pattern: str) -> list[tuple[str, Cgroup]]:
         """Find what the launcher made under our names and was killed before it removed."""
-        pattern = f"safeconduct-{os.getpid()}-{self._token}-*"
         found = [folder for base in set(self.bases.values()) for folder in base.glob(pattern)]
         return [(f.name, Cgroup(version=self.version, folders={"left": f})) for f in found]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,11 +29,23 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(_DESCRIPTORS_MAX * 4)
 _INLINE_BYTES_MAX = 8 << 10
 _IN_MEMFD = b"\0"
 
+_RECEIVE = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+
 Document = Mapping[str, object]
 
 # Code of a failure that came before the program: what the sandbox was made for has changed.
 STALE = "sandbox.stale"
 _T = TypeVar("_T")
+
+
+class _Buffers(threading.local):
+    """Where each thread receives: making room for the longest message takes longer than reading."""
+
+    def __init__(self) -> None:
+        self.kept = bytearray(MESSAGE_BYTES_MAX)
+
+
+_buffers = _Buffers()
 
 
 class Failure(msgspec.Struct, forbid_unknown_fields=True):
@@ -240,10 +253,11 @@ def wait(end: socket.socket, seconds: float | None) -> bool:
 
 def receive(end: socket.socket) -> tuple[bytes, list[int], int]:
     """Take one datagram and the descriptors that came along. Raises OSError; never waits."""
-    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-    data, ancillary, told, _ = _past_reset(
-        lambda: end.recvmsg(MESSAGE_BYTES_MAX, _ANCILLARY_BYTES, flags)
+    buffer = _buffers.kept
+    size, ancillary, told, _ = _past_reset(
+        lambda: end.recvmsg_into((buffer,), _ANCILLARY_BYTES, _RECEIVE)
     )
+    data = bytes(memoryview(buffer)[:size])
     descriptors = array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from safeconduct.call import Tier
 from safeconduct.errors import SandboxFailed
@@ -153,9 +153,13 @@ class _Process:
         return self._process.poll() is None
 
     def close(self, *, owned: bool = True) -> None:
-        self._control.close()
         if not owned:
+            self._control.close()
             return  # somebody else's child: it can be neither waited for nor ended from here
+        with suppress(OSError):
+            # A fork may hold a copy of this end, which would hide that it is closed.
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._control.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from safeconduct.call import (
@@ -372,13 +373,18 @@ class NativeSandbox:
             setting.profile, self.tier, cwd=setting.cwd, shield=setting.shield, mapped=mapped
         )
         plan = self._plan(setting.profile, layout, ids, explain=setting.explain)
-        program = self._filter(setting.profile, explain=setting.explain)
-        return self._launcher.template(self.tier, asdict(plan), program)
+        return self._make(plan, self._filter(setting.profile, explain=setting.explain))
 
     def _base(self, profile: Profile) -> Template:
         ids, _ = identity(None, self.tier)
         plan = replace(self._plan(profile, lay_out_base(profile), ids), late=True)
-        return self._launcher.template(self.tier, asdict(plan), self._filter(profile))
+        return self._make(plan, self._filter(profile))
+
+    def _make(self, plan: Plan, program: bytes) -> Template:
+        template = self._launcher.template(self.tier, asdict(plan), program)
+        if self._cgroups is not None:
+            template.closed = partial(self._cgroups.retire_made, plan.name)
+        return template
 
     def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
         return seccomp.compile_filter(self.tier, profile.syscalls, explain=explain)

@@ -18,6 +18,8 @@ from .shield import Shield, folders_between
 # Each template made by root takes a block of host ids, one for each sandbox that lives,
 # template.rs LIVING_MAX.
 _ID_BLOCK = 1024
+# LIMIT: mounts that are handed over as descriptors, one each, SCM_MAX_FD in unix(7).
+_LATE_BINDS_MAX = 240
 # Folders that every sandbox shows; /tmp is its own.
 _ALWAYS_SHOWN = ("/usr", "/tmp")  # noqa: S108
 
@@ -107,7 +109,10 @@ class Setting:
     def can_be_late(self, tier: Tier) -> bool:
         """Tell whether the profile's folders can be attached when the call comes."""
         direct = self.profile.workspace is WorkspaceMode.DIRECT
-        return tier is Tier.FULL and direct and not self.explain and self.ahead is None
+        binds = len(self.profile.read) + len(self.profile.write)
+        binds += len(self.shield.protected) + len(self.shield.anchors)
+        usual = not self.explain and self.ahead is None
+        return tier is Tier.FULL and direct and usual and binds <= _LATE_BINDS_MAX
 
     def _shows(self, folder: str) -> bool:
         roots = (*self.profile.read, *self.profile.write, *_ALWAYS_SHOWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 from safeconduct.errors import SandboxFailed
 
+_PREFIX = "safeconduct-scratch-"
 _HANDLE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -25,6 +27,7 @@ class Scratches:
 
     def __init__(self) -> None:
         self._base: str | None = None
+        self._held: int | None = None
         self._left: list[str] = []
         self._lock = threading.Lock()
 
@@ -33,9 +36,8 @@ class Scratches:
         """The folder on the host; made when first asked for. Raises OSError."""
         with self._lock:
             if self._base is None:
-                self._base = os.path.realpath(tempfile.mkdtemp(prefix="safeconduct-"))
-                # Sandboxes of root have other users, and have to get to their own folder.
-                os.chmod(self._base, 0o711)  # noqa: S103 - meant: entered, never listed
+                _remove_abandoned(tempfile.gettempdir())
+                self._base, self._held = _make_base()
             return self._base
 
     def path(self, name: str | None) -> str:
@@ -67,9 +69,41 @@ class Scratches:
         """Remove the folder with all that is left in it."""
         with self._lock:
             base, self._base = self._base, None
+            held, self._held = self._held, None
         if base is not None:
             with suppress(OSError):
                 remove_tree(base)
+        if held is not None:
+            os.close(held)
+
+
+def _make_base() -> tuple[str, int]:
+    """Make the folder, and hold a lock on it for as long as this process lives."""
+    while True:
+        base = os.path.realpath(tempfile.mkdtemp(prefix=_PREFIX))
+        # Sandboxes of root have other users, and have to get to their own folder.
+        os.chmod(base, 0o711)  # noqa: S103 - meant: entered, never listed
+        held = os.open(base, _FOLDER)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        if os.path.isdir(base):
+            return base, held
+        os.close(held)  # before it was held it looked abandoned to another supervisor
+
+
+def _remove_abandoned(place: str) -> None:
+    """Remove what supervisors of this user left that were killed: nobody holds it any more."""
+    with os.scandir(place) as entries:
+        found = [entry for entry in entries if entry.name.startswith(_PREFIX)]
+    for entry in found:
+        with suppress(OSError):
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                continue
+            held = os.open(entry.path, _FOLDER)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_tree(entry.path)
+            finally:
+                os.close(held)
 
 
 def remove_tree(path: str) -> None:

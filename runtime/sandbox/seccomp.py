@@ -68,11 +68,9 @@ _TIME = """
 _MESSAGES = """
     sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg shutdown getsockopt getsockname getpeername
 """
-# System V IPC is safe only in an IPC namespace of one's own; inotify(7) tells of names and
-# accesses that Landlock hides, so it needs a mount namespace.
+# System V IPC is safe only in an IPC namespace of one's own.
 _NAMESPACED = """
     shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl
-    inotify_init inotify_init1 inotify_add_watch inotify_rm_watch
 """
 
 # clone(2): every namespace flag, CLONE_NEWTIME included.

@@ -22,7 +22,7 @@ _PRIVATE_PLACE = (
 
 
 def typed(error: SandboxFailed) -> Error:
-    """Return SandboxUnavailable for a failure that this machine will always give, else ``error``.
+    """Return a failure that this machine or profile will always give as such, else ``error``.
 
     clone(2), mount_setattr(2) and seccomp(2) say which errno means what.
     """
@@ -45,6 +45,13 @@ def typed(error: SandboxFailed) -> Error:
             "Refused system calls cannot be shown: somebody around already listens to them.",
             missing="seccomp-listener",
             hint="Run without --explain, or outside the container or sandbox that listens.",
+        )
+    if error.step == "request: a list is too long":
+        return SandboxFailed(
+            "The sandbox would need more mounts or Landlock rules than there may be (4096).",
+            step=error.step,
+            code="sandbox.too_many_paths",
+            hint="Hide or protect whole folders, not thousands of files one by one.",
         )
     return error
 

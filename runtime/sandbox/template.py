@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from safeconduct.errors import SandboxFailed
@@ -17,9 +19,12 @@ from .channel import Channel, Message, failure_of, parse, receive, wait
 _ONCE, _AGAIN = b"1", b"+"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Waiting:
-    """A sandbox that waits for its program, and what belongs to it; ``close`` ends it unused."""
+    """A sandbox that waits for its program, and what belongs to it; ``close`` ends it.
+
+    One that is lost, because an interrupt came before it was noted anywhere, is closed too.
+    """
 
     number: int
     uid: int
@@ -29,11 +34,19 @@ class Waiting:
     stdout: int
     stderr: int
 
+    _closed: bool = False
+
     def close(self) -> None:
         """Close every descriptor, which ends the sandbox. Does not wait."""
+        if self._closed:
+            return
+        self._closed = True
         self.channel.close()
         os.close(self.stdout)
         os.close(self.stderr)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Template:
@@ -41,7 +54,10 @@ class Template:
 
     def __init__(self, end: socket.socket, name: str) -> None:
         self._socket = end
+        self._owner_pid = os.getpid()
         self.name = name
+        # Called once it was told to end, for what is left where it had been killed before.
+        self.closed: Callable[[], None] | None = None
         # The layer that all sandboxes share, and the folder it makes with what is below it.
         self.layer: int | None = None
         self.merged: int | None = None
@@ -109,7 +125,17 @@ class Template:
         )
 
     def close(self) -> None:
-        """End the template and every sandbox of it that still lives. Does not wait."""
+        """End the template and every sandbox of it that still lives. Does not wait.
+
+        In a fork of the process that made it only the copies of its descriptors are closed.
+        """
+        closed, self.closed = self.closed, None
+        if os.getpid() == self._owner_pid:
+            with suppress(OSError):
+                # A fork may hold a copy of this end, which would hide that it is closed.
+                self._socket.shutdown(socket.SHUT_RDWR)
+            if closed is not None:
+                closed()
         self._socket.close()
         for fd in (self.layer, self.merged):
             if fd is not None:

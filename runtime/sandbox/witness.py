@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 # Longer than a tick of any kernel, CONFIG_HZ=100.
 _TICK_NS = 20_000_000
+# Some file systems keep whole seconds (ext4 with small inodes) or every other one (vfat).
+_COARSE_NS, _COARSE_TICK_NS = 1_000_000_000, 2_500_000_000
 # LIMIT: folders of one witness; looking at more would take longer than it saves.
 _FOLDERS_MAX = 2000
 
@@ -32,13 +34,17 @@ class Witness:
         if folder in self._stamps or not self._reliable:
             return
         stamp = self._stamps[folder] = _stamp(folder)
-        fresh = stamp is not None and stamp[2] + _TICK_NS >= time.time_ns()
+        fresh = stamp is not None and stamp[2] + _tick_ns(stamp[2]) >= time.time_ns()
         if fresh or len(self._stamps) > _FOLDERS_MAX:
             self._reliable = False
 
     def unchanged(self) -> bool:
         """Tell whether all are certainly still the same, with the same entries."""
         return self._reliable and _all_same(self._stamps)
+
+
+def _tick_ns(changed_ns: int) -> int:
+    return _TICK_NS if changed_ns % _COARSE_NS else _COARSE_TICK_NS
 
 
 def _all_same(stamps: Mapping[str, _Stamp]) -> bool:

@@ -18,6 +18,10 @@ ADDABLE: Final[Mapping[str, str]] = MappingProxyType(
         "process_vm_writev": "programs can change each other's memory",
         "personality": "programs can run at addresses that are not random",
         "memfd_create": "programs can be run that lie in no file and on no disk",
+        **dict.fromkeys(
+            ("inotify_init", "inotify_init1", "inotify_add_watch", "inotify_rm_watch"),
+            "programs learn by name what everybody else uses in the folders they can read",
+        ),
         "get_mempolicy": "programs learn on which NUMA node their memory lies",
         "set_mempolicy": "programs choose the NUMA nodes of their memory",
         "mbind": "programs choose the NUMA nodes of their memory",

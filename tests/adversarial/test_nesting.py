@@ -31,7 +31,7 @@ POLICY = """\
 version: 1
 workspace: {workspace}
 profiles:
-  base: {{read: ["$WS/**", "{system}/**", "{code}/**"], write: ["$WS/**"],
+  base: {{read: ["$WS/**", {shown}], write: ["$WS/**"],
          limits: {{wall: 60s, pids: 128, memory: 1GiB}}}}
 tools: {{shell.run: {{allow: any}}}}
 """
@@ -123,7 +123,7 @@ def python() -> Iterator[Path]:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     candidates = [Path(os.path.realpath(sys.executable)), Path("/usr/bin") / version]
     packages = [Path(safeconduct.__file__).parents[1]]
-    packages += [Path(path) for path in sys.path if path.endswith("site-packages")]
+    packages += installed()
     usable = [path for path in candidates if _for_everybody(path)]
     if not usable or not all(_for_everybody(path) for path in packages):
         shutil.rmtree(folder)
@@ -133,6 +133,11 @@ def python() -> Iterator[Path]:
     (folder / "lib" / version / "site-packages" / "packages.pth").write_text(paths)
     yield folder / "bin" / "python"
     shutil.rmtree(folder)
+
+
+def installed() -> list[Path]:
+    """Return the folders of packages that this interpreter has."""
+    return [Path(path) for path in sys.path if path.endswith("site-packages")]
 
 
 def _for_everybody(path: Path) -> bool:
@@ -150,9 +155,8 @@ def host(python: Path) -> Iterator[Host]:
         if ROOT:
             os.chown(folder, USER, USER)
     made.secret.write_text("SECRET")
-    made.policy.write_text(
-        POLICY.format(workspace=made.workspace, system=python.parents[1], code=code)
-    )
+    shown = ", ".join(f'"{path}/**"' for path in (python.parents[1], code, *installed()))
+    made.policy.write_text(POLICY.format(workspace=made.workspace, shown=shown))
     yield made
     remove_tree(str(root))
 

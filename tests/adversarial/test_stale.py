@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -335,3 +336,66 @@ def test_a_writer_outside_that_never_rests_opens_nothing(
         "call", program, inner, workspace=str(granted), shield=Shield(), late=False
     )
     assert outcome.stdout == b"mine"
+
+
+def test_a_shield_that_is_remembered_is_raised_anew_after_any_change(
+    box: Box, attack: tuple[Swap, str]
+) -> None:
+    """One ``Shields`` for all calls, as a runtime has it; the second call finds all unchanged."""
+    swap, code = attack
+    furnish(box.workspace)
+    shields, profile = Shields(str(box.workspace), PROTECTED), profile_of(box.workspace)
+    program = Program(argv=["sh", "-c", f"{code}; cat late/.env"], cwd=str(box.workspace))
+
+    def run() -> Outcome:
+        with shields.raised(profile, hides) as shield:
+            return box.sandbox.run(
+                "call", program, profile, workspace=str(box.workspace), shield=shield
+            )
+
+    try:
+        for _ in range(2):
+            assert not escaped(box.workspace, run())
+        swap(box.workspace)
+        assert not escaped(box.workspace, run())
+        (box.workspace / "late").mkdir()
+        (box.workspace / "late/.env").write_bytes(SECRET)
+        _open(box.workspace)
+        assert not escaped(box.workspace, run())
+    finally:
+        shields.close()
+
+
+@pytest.fixture
+def coarse(tmp_path: Path) -> Iterator[Path]:
+    """A file system that keeps whole seconds only: ext4 with small inodes."""
+    image, place = tmp_path / "image", tmp_path / "place"
+    place.mkdir()
+    image.write_bytes(bytes(16 << 20))
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-I", "128", image], capture_output=True, check=True)
+        subprocess.run(["mount", "-o", "loop", image, place], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs mkfs.ext4 and a loop device: {error}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_change_in_the_second_of_the_last_one_is_noticed(coarse: Path) -> None:
+    shields, profile = Shields(str(coarse), ()), profile_of(coarse)
+    try:
+        for number in range(3):
+            (coarse / ".env").unlink(missing_ok=True)
+            until_next = 1 - time.time() % 1
+            time.sleep(until_next)  # a second begins, in which all of it happens
+            (coarse / f"any-{number}").touch()
+            time.sleep(0.05)  # longer than a tick of the clock that a folder's time comes from
+            with shields.raised(profile, hides) as shield:
+                assert not shield.hidden
+            (coarse / ".env").touch()
+            with shields.raised(profile, hides) as shield:
+                assert shield.hidden == (f"{coarse}/.env",)
+    finally:
+        shields.close()

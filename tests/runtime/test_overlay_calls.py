@@ -3,109 +3,18 @@
 from __future__ import annotations
 
 import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import pytest
-from tests.overlay_kit import fill, tree
+from tests.overlay_desk import Desk, seated, start
+from tests.overlay_kit import tree
 
-from safeconduct.attestation import TraceWriter
-from safeconduct.call import Durability, EntryKind, Json, KeptChanges, Outcome, Profile, Tier
-from safeconduct.errors import Error, SandboxFailed, SandboxUnavailable
+from safeconduct.call import EntryKind, Outcome, Profile, Tier
+from safeconduct.errors import SandboxFailed, SandboxUnavailable
 from safeconduct.runtime.adapters.mcp_server import Server, confined
-from safeconduct.runtime.sandbox.overlay import Conflict, shelf
-from safeconduct.runtime.supervisor import Runtime
-
-POLICY = """\
-version: 1
-profiles:
-  base: {read: ["$WS/**", "OTHER/**"], write: ["$WS/**"], workspace: overlay, limits: LIMITS}
-  parts: {like: base, write: ["$WS/sub/**", "$WS/.github/**"]}
-  apart: {like: base, write: ["$WS/**", "APART/**"]}
-  plain: {read: ["$WS/**", "OTHER/**"], write: ["$WS/**"], limits: {wall: 20s}}
-  file: {read: ["$WS/**"], write: ["$WS/file"], workspace: overlay}
-tools:
-  fs.read: {allow: {path: ["$WS/**"]}}
-  fs.list: {allow: {path: ["$WS/**"]}}
-  fs.write: {allow: {path: ["$WS/**"]}}
-  python.run: {allow: {code: any}}
-  shell.run:
-    - {allow: {argv: [sh, -c, any]}}
-    - {allow: {argv: [dash, -c, any]}, profile: parts}
-    - {allow: {argv: [bash, -c, any]}, profile: apart}
-    - {allow: {argv: [env, sh, -c, any]}, profile: plain}
-    - {allow: {argv: [env, dash, -c, any]}, profile: file}
-"""
-FILES = {
-    "file": "file\n",
-    "sub/inner": "inner\n",
-    "sub/other": "other\n",
-    ".git/HEAD": "ref: refs/heads/main\n",
-    ".git/config": "[core]\n",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the real writer was given."""
-
-    kind: EntryKind
-    body: Mapping[str, object]
-    committed: Mapping[str, object]
-
-
-@dataclass
-class Desk:
-    """A runtime over one workspace, and folders beside it."""
-
-    folder: Path
-    runtime: Runtime
-    state: Path
-    limits: str = "{wall: 20s}"
-    entries: list[Entry] = field(default_factory=list[Entry])
-
-    def last(self, kind: EntryKind) -> Entry:
-        """Return what was last recorded of this kind."""
-        return [entry for entry in self.entries if entry.kind is kind][-1]
-
-    @property
-    def workspace(self) -> Path:
-        return self.folder / "workspace"
-
-    def run(
-        self,
-        script: str,
-        *,
-        under: tuple[str, ...] = ("sh",),
-        seen: Callable[[], None] | None = None,
-    ) -> Outcome:
-        """Run a script; ``seen`` is called as soon as it has printed something."""
-        call = self.runtime.new_call("shell.run", {"argv": [*under, "-c", script]})
-        return self.runtime.perform(call, sink=lambda stream, data: seen() if seen else None)
-
-    def kept(self, script: str, *, under: tuple[str, ...] = ("sh",)) -> KeptChanges:
-        """Run a script that must succeed and leave one set."""
-        outcome = self.run(script, under=under)
-        assert outcome.ok, outcome.stderr
-        (kept,) = outcome.changes
-        return kept
-
-
-def policy_of(folder: Path, limits: str) -> str:
-    text = POLICY.replace("OTHER", str(folder / "other")).replace("APART", str(folder / "apart"))
-    return text.replace("LIMITS", limits)
+from safeconduct.runtime.sandbox.overlay import Conflict
 
 
 @pytest.fixture
@@ -115,46 +24,8 @@ def limits(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def desk(limits: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="calls-", dir="/var/tmp")))
-    folder.chmod(0o755)
-    for name in ("workspace", "other", "apart", "state"):
-        (folder / name).mkdir()
-    fill(folder / "workspace", FILES)
-    policy = folder / "policy.yaml"
-    policy.write_text(policy_of(folder, limits))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder)
-        entries: list[Entry] = []
-        real = TraceWriter.append
-
-        def append(
-            writer: TraceWriter,
-            kind: EntryKind,
-            body: Mapping[str, Json],
-            *,
-            session: str,
-            committed: Mapping[str, Json | bytes] | None = None,
-            durability: Durability = Durability.VOLATILE,
-        ) -> object:
-            entries.append(Entry(kind, body, committed or {}))
-            return real(
-                writer, kind, body, session=session, committed=committed, durability=durability
-            )
-
-        monkeypatch.setattr(TraceWriter, "append", append)
-        runtime = stack.enter_context(start(folder))
-        if runtime.confinement.tier is not Tier.FULL:
-            pytest.skip("needs tier full: an overlay is a mount")
-        yield Desk(folder, runtime, folder / "state", entries=entries)
-
-
-def start(folder: Path, tier: Tier | None = None) -> Runtime:
-    return Runtime.from_policy(
-        folder / "policy.yaml",
-        workspace=folder / "workspace",
-        tier=tier,
-        environment={**os.environ, "XDG_STATE_HOME": str(folder / "state")},
-    )
+    with seated(monkeypatch, limits) as one:
+        yield one
 
 
 def test_a_call_changes_nothing_until_its_set_is_committed(desk: Desk) -> None:
@@ -334,68 +205,6 @@ def test_a_single_file_cannot_be_overlaid(desk: Desk) -> None:
     assert (desk.workspace / "file").read_text() == "file\n"
 
 
-def test_too_many_sets_refuse_the_next_call(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "_SETS_MAX", 2)
-    desk.kept("echo x > new")
-    kept = desk.kept("echo x > new")
-    with pytest.raises(SandboxFailed) as caught:
-        desk.run("echo x > new")
-    assert caught.value.code == "workspace.changes_full"
-    assert caught.value.hint
-    desk.runtime.changes.rollback(kept.id)
-    monkeypatch.setattr(shelf, "_BYTES_MAX", 10)
-    with pytest.raises(SandboxFailed):
-        desk.run("echo x > new")
-
-
-def test_what_cannot_be_kept_is_an_error_and_leaves_nothing(desk: Desk) -> None:
-    """RLIMIT_FSIZE stands for a full disk, as in test_full_disk.py."""
-    before = tree(desk.workspace)
-    desk.kept("echo x > new")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
-    try:
-        with pytest.raises(SandboxFailed) as caught:
-            desk.run("head -c 4000000 /dev/zero | tr '\\0' x > large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert caught.value.code == "workspace.not_kept"
-    assert caught.value.hint
-    assert desk.last(EntryKind.CALL_OUTCOME).body["code"] == "workspace.not_kept"
-    assert os.listdir(desk.state / "safeconduct/changes") == desk.runtime.changes.names()
-    assert tree(desk.workspace) == before
-
-
-def test_what_a_killed_process_left_half_made_is_swept_after_a_day(desk: Desk) -> None:
-    sets = desk.state / "safeconduct" / "changes"
-    kept = desk.kept("mkdir new; echo x > new/x")
-    old, fresh = sets / ".20200101T000000Z-aaaaaa", sets / ".20200101T000000Z-bbbbbb"
-    for draft in (old, fresh):
-        shutil.copytree(sets / kept.id, draft)
-    os.utime(old, (0, 0))
-    with start(desk.folder) as runtime:
-        assert runtime.changes.names() == [kept.id]
-    assert not old.exists()
-    assert fresh.exists()
-
-
-def test_nothing_is_left_of_an_overlay(desk: Desk) -> None:
-    def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(
-            Path("/proc/self/mounts").read_text().split("\n")
-        )
-
-    def all_kinds() -> None:
-        desk.kept("echo x > new")
-        with pytest.raises(Error):
-            desk.run("echo x > file", under=("env", "dash"))
-
-    all_kinds()
-    before = held()
-    for _ in range(10):
-        all_kinds()
-    assert held() == before
-
-
 def test_no_place_is_held_in_a_workspace_behind_an_overlay(desk: Desk) -> None:
     before = tree(desk.workspace)
     outcome = desk.run("ls -A; mkdir .claude && echo x > .claude/settings.json")
@@ -457,102 +266,3 @@ def test_tier_landlock_refuses_by_name(desk: Desk) -> None:
             runtime.call("fs.write", path=str(desk.workspace / "new"), content="x")
         assert tree(desk.workspace) == before
         assert runtime.call("fs.read", path=str(desk.workspace / "file")).value == "file\n"
-
-
-KILLED = """
-import os, signal, sys
-from safeconduct.runtime.sandbox.overlay import kernel
-from safeconduct.runtime.supervisor import Runtime
-
-point, left = sys.argv[3], int(sys.argv[4])
-real = getattr(kernel, point)
-
-def counted(*arguments):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return real(*arguments)
-
-with Runtime.from_policy(sys.argv[1], workspace=sys.argv[2]) as runtime:
-    setattr(kernel, point, counted)
-    runtime.changes.commit(runtime.changes.names()[0])
-"""
-
-
-@pytest.mark.parametrize(("point", "count"), [("exchange", 0), ("exchange", 1), ("rename_new", 1)])
-def test_a_commit_that_was_killed_is_ended_when_the_next_runtime_starts(
-    desk: Desk, point: str, count: int
-) -> None:
-    before = tree(desk.workspace)
-    kept = desk.kept(
-        "echo a > file; echo b > sub/inner; echo c > new; echo d > sub/new; chmod 750 sub; rm sub/other"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(desk.folder / "policy.yaml"),
-         str(desk.workspace), point, str(count)],
-        env={**os.environ, "XDG_STATE_HOME": str(desk.state)}, cwd="/", check=False, timeout=60,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert tree(desk.workspace) != before
-    with start(desk.folder) as runtime:
-        assert {path: str(one.done) for path, one in runtime.recovered.items()} == {
-            str(desk.workspace): "restored"
-        }
-        assert tree(desk.workspace) == before
-        assert runtime.changes.names() == [kept.id]
-    with start(desk.folder) as runtime:
-        assert runtime.recovered == {}
-        # Restoring moved change times; what the set was made from is still what it is.
-        assert len(runtime.changes.commit(kept.id).applied) == kept.count
-    after = {"file": "a\n", "sub/inner": "b\n", "new": "c\n", "sub/new": "d\n"}
-    assert tree(desk.workspace) == {
-        name: text for name, text in (before | after).items() if name != "sub/other"
-    }
-    assert (desk.workspace / "sub").stat().st_mode & 0o777 == 0o750
-
-
-def test_a_change_time_alone_is_no_conflict_and_forged_times_hide_none(desk: Desk) -> None:
-    touched, forged = desk.workspace / "file", desk.workspace / "sub/inner"
-    kept = desk.kept("echo a > file; rm sub/inner; chmod 755 sub/other")
-    for path in (touched, forged, desk.workspace / "sub/other"):
-        os.link(path, desk.folder / "second")  # moves the change time and nothing else
-        (desk.folder / "second").unlink()
-    times = forged.stat()
-    forged.write_text("INNER\n")
-    os.utime(forged, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(Conflict) as caught:
-        desk.runtime.changes.commit(kept.id)
-    assert caught.value.paths == ("sub/inner",)
-    forged.write_text("inner\n")
-    os.utime(forged, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert len(desk.runtime.changes.commit(kept.id).applied) == 3
-
-
-def test_a_commit_under_way_is_no_broken_one(desk: Desk) -> None:
-    journal = desk.runtime.changes.places.commits(str(desk.workspace))
-    desk.runtime.changes.commit(desk.kept("echo x > new").id)
-    (journal / "commit.jsonl").write_text("")
-    import fcntl
-
-    with (journal / "lock").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with start(desk.folder) as runtime:
-            assert runtime.recovered == {}
-    (journal / "commit.jsonl").unlink()
-
-
-def test_two_runtimes_keep_sets_side_by_side(desk: Desk) -> None:
-    with start(desk.folder) as other:
-        ready = threading.Barrier(2)
-
-        def one(runtime: Runtime) -> Outcome:
-            ready.wait(20)
-            return runtime.call("shell.run", argv=["sh", "-c", "echo x > new"])
-
-        with ThreadPoolExecutor(2) as threads:
-            outcomes = list(threads.map(one, (desk.runtime, other)))
-    assert sorted(kept.id for outcome in outcomes for kept in outcome.changes) == sorted(
-        desk.runtime.changes.names()
-    )

@@ -13,6 +13,7 @@ import pytest
 
 from safeconduct.call import Profile, Tier
 from safeconduct.errors import SandboxFailed
+from safeconduct.runtime.sandbox.native import Program
 from safeconduct.runtime.sandbox.shield import Shield, Shields
 
 if TYPE_CHECKING:
@@ -184,3 +185,22 @@ def test_a_remembered_shield_sets_aside_what_appears(
     with pytest.raises(SandboxFailed):
         call()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("count", [60, 300])
+def test_many_protected_places_in_a_sandbox_bound_late(box: Box, count: int) -> None:
+    """Each is a mount that is handed over as a descriptor, of which a datagram holds 253."""
+    places = [box.workspace / f"held{number}" for number in range(count)]
+    for place in places:
+        place.mkdir()
+    shield = Shield(protected=tuple(map(str, places)))
+    program = Program(
+        argv=("sh", "-c", f"echo x > held{count - 1}/evil; echo x > fine"), cwd=str(box.workspace)
+    )
+    box.sandbox.prepare(box.profile())
+    outcome = box.sandbox.run(
+        "call", program, box.profile(), workspace=str(box.workspace), shield=shield, late=True
+    )
+    assert not (places[-1] / "evil").exists()
+    # In tier landlock a folder that holds protected names takes no new ones.
+    assert (box.workspace / "fine").exists() == (box.tier is Tier.FULL), outcome.stderr

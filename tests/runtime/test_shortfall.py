@@ -19,6 +19,7 @@ from tests.conftest import Box
 from safeconduct.call import Tier
 from safeconduct.errors import SandboxFailed, ToolFailed
 from safeconduct.runtime.sandbox import shortfall
+from safeconduct.runtime.sandbox.shield import Shield
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 RUN = """
@@ -120,3 +121,15 @@ def test_a_program_below_a_private_folder(box: Box) -> None:
 def test_what_broke_stays_what_it_was() -> None:
     error = SandboxFailed("It broke.", step="mount", errno=22)
     assert shortfall.typed(error) is error
+
+
+def test_too_many_hidden_files_are_said_to_be_that(box: Box) -> None:
+    if box.tier is not Tier.FULL:
+        pytest.skip("is about masks")
+    hidden = tuple(str(box.workspace / f"secret-{number}") for number in range(5000))
+    for path in hidden:
+        Path(path).touch()
+    with pytest.raises(SandboxFailed) as caught:
+        box.run("true", shield=Shield(hidden=hidden))
+    assert caught.value.code == "sandbox.too_many_paths"
+    assert caught.value.hint

@@ -47,9 +47,9 @@ impl<'a> Rules<'a> {
         opened.map(|(object, _)| object.as_raw_fd())
     }
 
-    /// Build the ruleset of one sandbox: everything is denied but the rules, the `late` ones and
-    /// what lies in `scratch`; no TCP; no abstract sockets or signals across the border.
-    pub fn ruleset(&self, late: &[Rule], scratch: Option<&OwnedFd>) -> Result<OwnedFd, Failure> {
+    /// Build the ruleset of one sandbox: everything is denied but the rules and what lies in
+    /// `scratch`; no TCP; no abstract sockets or signals across the border.
+    pub fn ruleset(&self, scratch: Option<&OwnedFd>) -> Result<OwnedFd, Failure> {
         let created: Option<OwnedFd> = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(KNOWN))
@@ -65,13 +65,15 @@ impl<'a> Rules<'a> {
                 None => self.add_rule(&created, rule)?,
             }
         }
-        for rule in late {
-            self.add_rule(&created, rule)?;
-        }
         if let Some(folder) = scratch {
             self.add(&created, folder, true, Access::Write)?;
         }
         Ok(created)
+    }
+
+    /// Add the rules of one call to its ruleset.
+    pub fn extend(&self, ruleset: &OwnedFd, late: &[Rule]) -> Result<(), Failure> {
+        late.iter().try_for_each(|rule| self.add_rule(ruleset, rule))
     }
 
     fn add_rule(&self, ruleset: &OwnedFd, rule: &Rule) -> Result<(), Failure> {

@@ -3,14 +3,15 @@
 //! or whoever asked for it is gone.
 //!
 //! Order of confinement (each step still needs what the next one takes away):
-//! cgroup → private mounts (in a late sandbox also those of the call) → stop being root → user
-//! namespace → Landlock ruleset → no capabilities, no_new_privs → stub → rlimits → Landlock →
+//! cgroup → private mounts → Landlock ruleset (in a late sandbox also mounts and rules of the call)
+//! → stop being root → user namespace → no capabilities, no_new_privs → stub → rlimits → Landlock →
 //! seccomp → here the stub waits for its program → execve.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::process::{Signal, WaitOptions};
 use rustix::time::{TimerfdClockId, TimerfdFlags};
 
@@ -60,6 +61,10 @@ fn live(template: &Template, birth: &Birth) -> Result<Infallible, Failure> {
         sys::place(template.null.as_raw_fd(), fd.as_raw_fd()).step("close output")?;
     }
     let exit = sandbox.watch(&events, program, &accounts);
+    if exit.signal.is_some() && exit.wall_us == 0 {
+        // Somebody ended the stub before it started its clock: there was no program.
+        return Err(Failure { stale: true, ..Failure::new("stub", Errno::CHILD) });
+    }
     // The supervisor waits for this, so before anything is given back.
     report::send(&birth.channel, &Message::Exited(exit));
     sys::leave(0)
@@ -73,14 +78,21 @@ fn build_walls(
     let plan = template.plan;
     sys::unshare(libc::CLONE_NEWCGROUP).step("cgroup namespace")?;
     let mut late = Bind::default();
+    let mut ruleset = None;
     if let Some(root) = &template.root {
         let mapping = birth.mapping.as_ref().map(AsFd::as_fd);
         root.finish(plan, mapping, birth.channel.as_fd()).map_err(Failure::or_stale)?;
+        if plan.has(Layer::Landlock) {
+            ruleset = Some(template.rules.ruleset(None).map_err(Failure::or_stale)?);
+        }
         if plan.late {
             let received = receive::datagram(&birth.channel)?;
             let (inline, mut trees) = received.ok_or(Failure::protocol("no bind"))?;
             late = request::document(&inline, &mut trees)?;
             root.bind(plan, &late.mounts, trees).map_err(Failure::or_stale)?;
+            if let Some(ruleset) = &ruleset {
+                template.rules.extend(ruleset, &late.landlock).map_err(Failure::or_stale)?;
+            }
         }
     }
     if template.as_root {
@@ -89,11 +101,6 @@ fn build_walls(
     // It comes with every capability in it, the bounding set included, user_namespaces(7).
     sys::unshare(libc::CLONE_NEWUSER).step("user namespace")?;
     identity::map_self(&template.proc, plan.identity.inside, birth.uid, birth.gid)?;
-    let ruleset = plan
-        .has(Layer::Landlock)
-        .then(|| template.rules.ruleset(&late.landlock, None))
-        .transpose()
-        .map_err(Failure::or_stale)?;
     identity::renounce(plan.has(Layer::Capabilities))?;
     // Credential changes clear it, so it is set last, prctl(2) PR_SET_PDEATHSIG.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("pdeathsig")?;
@@ -106,7 +113,7 @@ fn build_walls(
 fn join_outer_domain(template: &Template, birth: &Birth) -> Result<Option<OwnedFd>, Failure> {
     let plan = template.plan;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).step("subreaper")?;
-    let ruleset = template.rules.ruleset(&[], birth.scratch.as_ref())?;
+    let ruleset = template.rules.ruleset(birth.scratch.as_ref())?;
     if template.as_root {
         if plan.has(Layer::Capabilities) {
             sys::drop_bounding_set().step("bounding set")?;
@@ -155,7 +162,9 @@ impl Sandbox<'_> {
         exit.peak_rss_kib = usage.peak_rss_kib;
         exit.read_bytes = usage.read_bytes;
         exit.written_bytes = usage.written_bytes;
-        exit.full = root::full(self.template.plan);
+        if exit.code != Some(0) {
+            exit.full = root::full(self.template.plan);
+        }
         exit.accounts = account::read(accounts);
         exit
     }

@@ -9,8 +9,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 
 use crate::report::Failure;
 
-/// LIMIT: descriptors of one datagram; the kernel's own bound is 253.
-const DESCRIPTORS_MAX: usize = 64;
+/// LIMIT: descriptors of one datagram; SCM_MAX_FD, unix(7).
+const DESCRIPTORS_MAX: usize = 253;
 /// LIMIT: bytes of one datagram; what is longer comes in a memfd.
 const DATAGRAM_BYTES_MAX: usize = 8 << 10;
 

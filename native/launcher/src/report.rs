@@ -12,7 +12,7 @@ use serde::Serialize;
 /// LIMIT: characters of a subject in a report; a message must fit into one datagram.
 const SUBJECT_MAX: usize = 4096;
 /// LIMIT: descriptors sent along with one message.
-const DESCRIPTORS_MAX: usize = 16;
+const DESCRIPTORS_MAX: usize = 253;
 
 /// The step that failed and the kernel's reason. No sandbox survives a failure.
 #[derive(Debug, Serialize)]

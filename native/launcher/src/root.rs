@@ -12,7 +12,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::report::{self, Failure, Message, Step};
 use crate::request::{Mount, Plan};
-use crate::site::{clone_tree, inside, open_path, prepare, relative, Site};
+use crate::site::{clone_tree, inside, open_path, prepare, relative, top, Site};
 use crate::{account, identity, overlay, sys};
 
 /// Where the new root is put together. It only has to exist; the mount covers it in our own
@@ -56,11 +56,9 @@ impl Root {
         let sources = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
         // An ordinary user may mount procfs only where all of one is in sight,
         // mount_namespaces(7).
-        let visible = if plan.mounts.iter().any(|mount| matches!(mount, Mount::Proc { .. })) {
-            clone_tree(OsStr::new("/proc"), true).ok()
-        } else {
-            None
-        };
+        let wanted = plan.mounts.iter().any(|mount| matches!(mount, Mount::Proc { .. }));
+        let visible =
+            if wanted && !as_root { clone_tree(OsStr::new("/proc"), true).ok() } else { None };
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         rustix::mount::mount("tmpfs", SITE, "tmpfs", flags, ROOT_OPTIONS).step("mount root")?;
         let mut site = Site::open(open_path(CWD, SITE, ResolveFlags::empty()).step("open root")?)?;
@@ -131,6 +129,16 @@ impl Root {
                 site.adopt(target)?;
             }
         }
+        // The names of what one call is granted must not stay in the root that all share.
+        let mut shelters: Vec<(OsString, OwnedFd)> = Vec::new();
+        for mount in mounts {
+            let target: &OsStr = mount.target();
+            let top = top(target);
+            let shared = plan.mounts.iter().any(|other| inside(other.target(), top));
+            if !shared && top != target && shelters.iter().all(|(made, _)| made != top) {
+                shelters.push((top.to_os_string(), site.shelter(top)?));
+            }
+        }
         let mut trees = trees.into_iter();
         for (number, mount) in mounts.iter().enumerate() {
             let tree = match mount {
@@ -140,6 +148,10 @@ impl Root {
             site.attach(number, mount, tree, None)?;
         }
         site.cover_stage()?;
+        for (top, shelter) in &shelters {
+            sys::mount_setattr(shelter.as_fd(), false, sys::MOUNT_ATTR_RDONLY, None)
+                .step_on("read-only", top)?;
+        }
         site.freeze()
     }
 

@@ -20,6 +20,10 @@ const STAGE: &str = "/.stage";
 const EMPTY: &str = "/.stage/empty";
 const NOTHING: &str = "/.stage/nothing";
 
+/// LIMIT: mount points of one call, and the folders around them.
+const SHELTER_BYTES: u64 = 1 << 20;
+const SHELTER_INODES: u64 = 8192;
+
 /// A root under construction.
 pub struct Site {
     pub fd: OwnedFd,
@@ -49,6 +53,14 @@ impl Site {
         let made = rustix::fs::fstat(&found).step_on("stat", target)?;
         self.own.push(made.st_dev);
         Ok(())
+    }
+
+    /// Put a small file system of this sandbox's own at `top`, for mount points alone.
+    pub fn shelter(&mut self, top: &OsStr) -> Result<OwnedFd, Failure> {
+        let tree = scratch(SHELTER_BYTES, SHELTER_INODES, 0o755)?;
+        self.put(&tree, top, true)?;
+        self.adopt(top)?;
+        Ok(tree)
     }
 
     /// Make the stage, and on it what masks are cloned from.
@@ -260,6 +272,13 @@ impl Site {
             made => made,
         }
     }
+}
+
+/// Name the folder of the root that holds `path`, or is it.
+pub fn top(path: &OsStr) -> &OsStr {
+    let bytes = path.as_bytes();
+    let end = bytes.iter().skip(1).position(|byte| *byte == b'/');
+    OsStr::from_bytes(&bytes[..end.map_or(bytes.len(), |end| end + 1)])
 }
 
 pub fn inside(path: &OsStr, folder: &OsStr) -> bool {
