@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from safeconduct.call import Limits
 from safeconduct.errors import SandboxFailed
@@ -20,19 +21,21 @@ from .cgroup import Cgroup, Cgroups
 
 def plan(cgroups: Cgroups, limits: Limits) -> list[Mapping[str, object]]:
     """Return where and how to make the cgroups of a template's sandboxes."""
+    version = cgroups.version
     return [
         {
-            "base": str(cgroups.bases[controller]),
-            "settings": _settings(cgroups.version, controller, limits),
-            "accounts": accounts.files(cgroups.version, controller),
+            "base": str(base),
+            "settings": [one for name in names for one in _settings(version, name, limits)],
+            "accounts": [file for name in names for file in accounts.files(version, name)],
         }
-        for controller in _controllers(cgroups)
+        for base, names in _folders(cgroups).items()
     ]
 
 
 def charge(cgroups: Cgroups, texts: Sequence[str]) -> Charge:
     """Read what the launcher reported of the accounts of one sandbox."""
-    return accounts.parse(cgroups.version, _controllers(cgroups), texts)
+    names = [name for names in _folders(cgroups).values() for name in names]
+    return accounts.parse(cgroups.version, names, texts)
 
 
 def opened(cgroups: Cgroups, name: str) -> Cgroup:
@@ -40,7 +43,7 @@ def opened(cgroups: Cgroups, name: str) -> Cgroup:
 
     Raises SandboxFailed where there are no descriptors left.
     """
-    folders = {controller: cgroups.bases[controller] / name for controller in _controllers(cgroups)}
+    folders = {controller: base / name for controller, base in cgroups.bases.items()}
     found = Cgroup(version=cgroups.version, folders=folders)
     try:
         with ExitStack() as held, suppress(FileNotFoundError):
@@ -55,21 +58,26 @@ def opened(cgroups: Cgroups, name: str) -> Cgroup:
     return found
 
 
-def _controllers(cgroups: Cgroups) -> list[str]:
-    return ["memory"] if cgroups.version == 2 else list(cgroups.bases)
+def _folders(cgroups: Cgroups) -> Mapping[Path, Sequence[str]]:
+    """Return the controllers of each hierarchy: version 2 has one for all."""
+    found: dict[Path, list[str]] = {}
+    for controller, base in cgroups.bases.items():
+        found.setdefault(base, []).append(controller)
+    return found
 
 
 def _settings(version: int, controller: str, limits: Limits) -> list[tuple[str, str, bool]]:
     """Return the files to write, in order, and whether the kernel must have them."""
-    pids = ("pids.max", str(limits.pids + INIT_PIDS), True)
     memory = str(limits.memory_bytes)
-    if version == 2:
+    if controller == "pids":
+        return [("pids.max", str(limits.pids + INIT_PIDS), True)]
+    if controller == "memory" and version == 2:
         # No swap at all: then `memory.max` is the whole.
-        return [pids, ("memory.max", memory, True), ("memory.swap.max", "0", False)]
+        return [("memory.max", memory, True), ("memory.swap.max", "0", False)]
     if controller == "memory":
         # In this order: memory and swap together are never less than memory alone.
         return [
             ("memory.limit_in_bytes", memory, True),
             ("memory.memsw.limit_in_bytes", memory, False),
         ]
-    return [pids] if controller == "pids" else []
+    return []

@@ -52,6 +52,11 @@ class Launcher:
         """Process id of the process that was started first."""
         return next(iter(self._processes.values())).pid
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all its processes."""
+        return [process.pid for process in self._processes.values()]
+
     def template(self, tier: Tier, plan: Document, program: bytes) -> Template:
         """Have a template made; ``program`` is a seccomp filter. Does not wait for it.
 

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -364,6 +365,48 @@ def test_a_shield_that_is_remembered_is_raised_anew_after_any_change(
         assert not escaped(box.workspace, run())
     finally:
         shields.close()
+
+
+def test_a_clone_for_a_late_call_is_never_of_what_a_link_leads_to(
+    box: Box, launcher: Launcher, outside: Path
+) -> None:
+    if box.tier is not Tier.FULL:
+        pytest.skip("tier landlock mounts nothing")
+    above = box.workspace / "above"
+    (above / "sub").mkdir(parents=True)
+    (outside / "sub").mkdir()
+    link, other = box.workspace / "link", box.workspace / "other"
+    link.symlink_to(outside)
+    real, stop = (above / "sub").stat().st_ino, threading.Event()
+
+    def never_rest() -> None:
+        while not stop.is_set():
+            above.rename(other)
+            link.rename(above)
+            above.rename(link)
+            other.rename(above)
+
+    ids = {"uid": os.geteuid(), "gid": os.getegid(), "inside": 1000, "owner": None}
+    mount = {"kind": "bind", "source": f"{above}/sub", "target": "/sub"}
+    writer = threading.Thread(target=never_rest)
+    writer.start()
+    plain, cloned, tries = set[int](), set[int](), 0
+    deadline = time.monotonic() + 10
+    try:
+        while time.monotonic() < deadline and (tries < 500 or len(plain) < 2 or not cloned):
+            with suppress(FileNotFoundError):
+                plain.add((above / "sub").stat().st_ino)
+            tries += 20
+            for _ in range(20):
+                with suppress(SandboxFailed):
+                    for tree in launcher.clone(ids, [mount], 10):
+                        cloned.add(os.fstat(tree).st_ino)
+                        os.close(tree)
+    finally:
+        stop.set()
+        writer.join()
+    assert plain == {real, (outside / "sub").stat().st_ino}, "a plain open is led astray"
+    assert cloned == {real}
 
 
 @pytest.fixture

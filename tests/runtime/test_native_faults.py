@@ -88,9 +88,13 @@ def descendants(pid: int) -> int:
 def settled(launcher: Launcher, count: int) -> bool:
     """Wait a bounded time until so many processes are left."""
     deadline = time.monotonic() + 5
-    while descendants(launcher.pid) != count and time.monotonic() < deadline:
+    while _started(launcher) != count and time.monotonic() < deadline:
         time.sleep(0.01)
-    return descendants(launcher.pid) == count
+    return _started(launcher) == count
+
+
+def _started(launcher: Launcher) -> int:
+    return sum(descendants(pid) for pid in launcher.pids)
 
 
 def test_good_and_failed_calls_leak_nothing(box: Box, launcher: Launcher, temporary: Path) -> None:
@@ -183,7 +187,8 @@ def test_a_launcher_killed_mid_call_leaves_nothing(box: Box) -> None:
         deadline = time.monotonic() + 5
         while not processes(marker) and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(launcher.pid, 9)
+        for pid in launcher.pids:
+            os.kill(pid, 9)
 
     killer = threading.Thread(target=kill_once_it_runs)
     killer.start()

@@ -1,7 +1,7 @@
 //! Step "request": what the supervisor may ask for, parsed and bounded before anything is made.
 //!
 //! The supervisor is the only peer. Every document is JSON; unknown keys are refused so that a
-//! newer supervisor is never half obeyed. `runtime/sandbox/launcher.py` writes them.
+//! newer supervisor is never half obeyed. `runtime/sandbox/channel.py` writes them.
 
 use std::ffi::{OsStr, OsString};
 use std::ops::Deref;

@@ -195,7 +195,8 @@ impl<'a> Template<'a> {
         self.life = None;
         let begun = Instant::now();
         let mut patient = true;
-        while !(self.living.is_empty() && self.busy.is_empty()) {
+        // An orphan whose parent dies comes to us only then: so until there is no child at all.
+        while !(self.reap() && self.busy.is_empty()) {
             let waited = begun.elapsed();
             if waited > ENDING_MAX {
                 return;
@@ -208,7 +209,6 @@ impl<'a> Template<'a> {
             }
             let mut polled = [PollFd::new(&self.events, PollFlags::IN)];
             let _ = rustix::event::poll(&mut polled, Some(&RETRY));
-            self.reap();
         }
     }
 
@@ -333,12 +333,16 @@ impl<'a> Template<'a> {
 
     /// Collect dead inits and remove what was made for them. An init that died by a signal without
     /// a pid namespace leaves orphans, which the kernel gave to us, prctl(2)
-    /// PR_SET_CHILD_SUBREAPER: end them.
-    fn reap(&mut self) {
+    /// PR_SET_CHILD_SUBREAPER: end them. Tells whether no child is left.
+    fn reap(&mut self) -> bool {
         receive::drain(&self.events);
         let mut lost = false;
         let mut again = Vec::new();
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+        let alone = loop {
+            let (pid, status) = match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some(ended)) => ended,
+                other => break matches!(other, Err(Errno::CHILD)),
+            };
             lost |= status.terminating_signal().is_some();
             if let Some(living) = self.living.remove(&pid.as_raw_nonzero().get()) {
                 // Empty where it was never used; otherwise the supervisor removes it.
@@ -349,9 +353,11 @@ impl<'a> Template<'a> {
                 if living.again && self.life.is_some() {
                     again.push(status.exit_status() == Some(0));
                 }
+            } else {
+                lost = true; // an orphan, whose own children are orphans now
             }
-        }
-        if lost && !self.plan.has(Layer::Namespaces) {
+        };
+        if (lost || self.life.is_none()) && !self.plan.has(Layer::Namespaces) {
             self.end_orphans();
         }
         let hierarchies = &self.hierarchies;
@@ -365,6 +371,7 @@ impl<'a> Template<'a> {
                 report::send(self.socket, &Message::Failed(&failure));
             }
         }
+        alone
     }
 
     fn end_orphans(&self) {

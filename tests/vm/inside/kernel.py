@@ -29,18 +29,19 @@ def a_workspace_on_any_file_system() -> None:
     for parent, possible in places:
         folder = Path(tempfile.mkdtemp(dir=parent))
         folder.joinpath("given").write_text("given")
-        assert _works(folder) is possible, parent
+        refusal = _refusal(folder)
+        assert (not refusal) is possible, (parent, refusal)
 
 
-def _works(folder: Path) -> bool:
-    """Tell whether a program could use the folder. What fails must fail before it started."""
+def _refusal(folder: Path) -> str:
+    """Say why no program could use the folder. What fails must fail before it started."""
     script = f"cat {folder}/given; echo >{folder}/made"
     try:
         with put_up(policy(), workspace=folder) as runtime:
             outcome = run(runtime, "sh", "-c", script)
-    except (SandboxFailed, SandboxUnavailable):
+    except (SandboxFailed, SandboxUnavailable) as error:
         assert not (folder / "made").exists()
-        return False
+        return error.message
     assert (outcome.ok, outcome.stdout) == (True, b"given"), outcome
     assert (folder / "made").stat().st_uid == os.geteuid()
-    return True
+    return ""
