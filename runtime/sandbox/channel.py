@@ -82,12 +82,6 @@ class Hello(msgspec.Struct, forbid_unknown_fields=True):
     landlock_abi: int
 
 
-class Made(msgspec.Struct, forbid_unknown_fields=True):
-    """A template stands; ``shared`` when its sandboxes share one overlay layer."""
-
-    shared: bool
-
-
 class Born(msgspec.Struct, forbid_unknown_fields=True):
     """A new sandbox: its number in its template, its host uid, its folder on the host.
 
@@ -104,7 +98,6 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One datagram of the native side; exactly one field is set."""
 
     hello: Hello | None = None
-    template: Made | None = None
     sandbox: Born | None = None
     failed: Failure | None = None
     exited: Exit | None = None

@@ -221,7 +221,7 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
             limits = profile.limits
             yield {
                 "kind": "overlay", "source": path, "target": path, "bytes": limits.disk_bytes,
-                "inodes": limits.inodes, "mapped": mapped, "shared": False,
+                "inodes": limits.inodes, "mapped": mapped,
             }  # fmt: skip
             continue
         # One that lies in another is gone as soon as somebody replaces its folder outside.

@@ -58,9 +58,6 @@ class Template:
         self.name = name
         # Called once it was told to end, for what is left where it had been killed before.
         self.closed: Callable[[], None] | None = None
-        # The layer that all sandboxes share, and the folder it makes with what is below it.
-        self.layer: int | None = None
-        self.merged: int | None = None
 
     def ask(self, *, again: bool = False) -> None:
         """Have a sandbox made; it arrives in the queue. Does not wait for it.
@@ -98,10 +95,7 @@ class Template:
     def _open(
         self, message: Message | str, descriptors: list[int], *, whole: bool
     ) -> Waiting | None:
-        if isinstance(message, Message) and message.template is not None:
-            return None
-        if message == "layer" and len(descriptors) == 2:
-            self.layer, self.merged = descriptors
+        if message == "template":
             return None
         if isinstance(message, Message) and message.failed is not None:
             raise failure_of(message.failed)
@@ -137,7 +131,3 @@ class Template:
             if closed is not None:
                 closed()
         self._socket.close()
-        for fd in (self.layer, self.merged):
-            if fd is not None:
-                os.close(fd)
-        self.layer = self.merged = None

@@ -9,14 +9,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::report::{Failure, Step};
-use crate::request::{Mount, Plan};
+use crate::request::Mount;
 use crate::site::{self, Site};
-
-/// Tell whether the sandboxes of this plan share a layer.
-pub fn is_shared(plan: &Plan) -> bool {
-    let shared = |mount: &Mount| matches!(mount, Mount::Overlay { shared: true, .. });
-    plan.mounts.iter().any(shared)
-}
 
 /// Make the places on the stage that the layer and the mapped source will have.
 pub fn reserve(site: &Site, number: usize) -> Result<(), Failure> {

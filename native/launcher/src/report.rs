@@ -67,8 +67,8 @@ impl<T> Step<T> for Result<T, Errno> {
 pub enum Message<'a> {
     /// Sent once by a launcher that is ready.
     Hello { version: u32, landlock_abi: i32 },
-    /// Sent once by a template that is ready; with the layer its sandboxes share, if they do.
-    Template { shared: bool },
+    /// Sent once by a template that is ready.
+    Template,
     /// A new sandbox, with its channel and the read ends of its stdout and stderr.
     Sandbox {
         number: u64,

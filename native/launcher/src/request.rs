@@ -139,8 +139,6 @@ pub enum Mount {
         inodes: u64,
         #[serde(default)]
         mapped: bool,
-        /// One layer for all sandboxes of the template instead of one for each.
-        shared: bool,
     },
     /// Private to each sandbox.
     Tmpfs {

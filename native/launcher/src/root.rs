@@ -6,13 +6,13 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, CWD};
+use rustix::fs::{AtFlags, ResolveFlags, StatxAttributes, StatxFlags, CWD};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::report::{self, Failure, Message, Step};
 use crate::request::{Mount, Plan};
-use crate::site::{clone_tree, inside, open_path, prepare, relative, top, Site};
+use crate::site::{clone_tree, inside, open_path, prepare, top, Site};
 use crate::{account, identity, overlay, sys};
 
 /// Where the new root is put together. It only has to exist; the mount covers it in our own
@@ -38,17 +38,12 @@ pub fn own_namespaces() -> Result<(), Failure> {
 pub struct Root {
     private: Vec<bool>,
     targets: Vec<OsString>,
-    shares_layer: bool,
     as_root: bool,
 }
 
 impl Root {
     /// Build the new root and make it ours. The caller is alone in a new mount namespace.
-    pub fn build(
-        plan: &Plan,
-        mapping: Option<BorrowedFd>,
-        socket: BorrowedFd,
-    ) -> Result<Self, Failure> {
+    pub fn build(plan: &Plan) -> Result<Self, Failure> {
         let unshared = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", unshared).step("private mounts")?;
         let private = privates(plan);
@@ -67,28 +62,19 @@ impl Root {
             if private[number] {
                 site.reserve(number, mount, tree, &private, plan)?;
             } else {
-                site.attach(number, mount, tree, None)?;
+                site.attach(mount, tree)?;
             }
         }
         if !plan.late {
             site.freeze()?;
         }
         pivot(&site.fd)?;
-        let shares_layer = overlay::is_shared(plan);
-        let root = Self { targets: targets(plan, &private), private, shares_layer, as_root };
-        if shares_layer {
-            root.share_layer(plan, mapping, socket)?;
-        }
-        Ok(root)
+        Ok(Self { targets: targets(plan, &private), private, as_root })
     }
 
     /// Paths whose objects differ from sandbox to sandbox.
     pub fn private(&self) -> &[OsString] {
         &self.targets
-    }
-
-    pub fn shares_layer(&self) -> bool {
-        self.shares_layer
     }
 
     /// Attach what is private to one sandbox. The caller is in a copy of the mount namespace.
@@ -106,13 +92,13 @@ impl Root {
             match mount {
                 Mount::Bind { mapped, .. } => {
                     let tree = site.staged(number, mapping.filter(|_| *mapped))?;
-                    site.attach(number, mount, Some(tree), mapping)?;
+                    site.attach(mount, Some(tree))?;
                 }
                 Mount::Overlay { .. } => {
                     let layer = overlay::attach(&site, number, mount, mapping, self.as_root)?;
                     report::send_with(channel, &Message::Layer, &[layer.as_fd()]);
                 }
-                _ => site.attach(number, mount, None, mapping)?,
+                _ => site.attach(mount, None)?,
             }
         }
         if plan.late {
@@ -140,12 +126,12 @@ impl Root {
             }
         }
         let mut trees = trees.into_iter();
-        for (number, mount) in mounts.iter().enumerate() {
+        for mount in mounts {
             let tree = match mount {
                 Mount::Bind { .. } => trees.next(),
                 _ => None,
             };
-            site.attach(number, mount, tree, None)?;
+            site.attach(mount, tree)?;
         }
         site.cover_stage()?;
         for (top, shelter) in &shelters {
@@ -153,33 +139,6 @@ impl Root {
                 .step_on("read-only", top)?;
         }
         site.freeze()
-    }
-
-    /// Attach the one overlay of all sandboxes; hand its layer and itself to the supervisor.
-    fn share_layer(
-        &self,
-        plan: &Plan,
-        mapping: Option<BorrowedFd>,
-        socket: BorrowedFd,
-    ) -> Result<(), Failure> {
-        let site = Site::here()?;
-        for (number, mount) in plan.mounts.iter().enumerate() {
-            if let Mount::Overlay { target, shared, .. } = mount {
-                if !*shared {
-                    continue;
-                }
-                let layer = overlay::attach(&site, number, mount, mapping, self.as_root)?;
-                let merged = rustix::fs::openat(
-                    &site.fd,
-                    relative(target),
-                    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )
-                .step_on("open", &**target)?;
-                report::send_with(socket, &Message::Layer, &[layer.as_fd(), merged.as_fd()]);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -255,8 +214,7 @@ fn privates(plan: &Plan) -> Vec<bool> {
     let mut private: Vec<bool> = Vec::new();
     for mount in &plan.mounts {
         let own = match mount {
-            Mount::Proc { .. } | Mount::Tmpfs { .. } => true,
-            Mount::Overlay { shared, .. } => !shared,
+            Mount::Proc { .. } | Mount::Tmpfs { .. } | Mount::Overlay { .. } => true,
             Mount::Bind { mapped, .. } => *mapped && plan.identity.owner.is_some(),
             _ => false,
         };

@@ -141,27 +141,14 @@ impl Site {
         Ok(tree)
     }
 
-    pub fn attach(
-        &mut self,
-        number: usize,
-        mount: &Mount,
-        tree: Option<OwnedFd>,
-        mapping: Option<BorrowedFd>,
-    ) -> Result<(), Failure> {
+    pub fn attach(&mut self, mount: &Mount, tree: Option<OwnedFd>) -> Result<(), Failure> {
         match mount {
             Mount::Bind { target, .. } => {
                 let tree = tree.ok_or(Failure::protocol("bind without a source"))?;
                 let folder = is_folder(tree.as_fd()).step_on("stat", &**target)?;
                 self.put(&tree, target, folder)
             }
-            Mount::Overlay { target, .. } => {
-                let tree = tree.ok_or(Failure::protocol("overlay without a source"))?;
-                self.put(&tree, staged(number).as_ref(), true)?;
-                overlay::reserve(self, number)?;
-                let (parent, name) = self.parent(target)?;
-                let _ = mapping;
-                self.make(&parent, name, true).step_on("mount point", &**target)
-            }
+            Mount::Overlay { .. } => Err(Failure::protocol("an overlay is nobody's but one's own")),
             Mount::Tmpfs { target, bytes, inodes, mode } => {
                 let tree = scratch(*bytes, *inodes, *mode)?;
                 self.put(&tree, target, true)?;

@@ -123,8 +123,7 @@ impl<'a> Template<'a> {
         let root = if plan.has(Layer::Namespaces) {
             rustix::system::sethostname(b"safeconduct").step("sethostname")?;
             let mapping = identity::mapping_for(&proc, &plan.identity, plan.identity.uid)?;
-            let root = Root::build(plan, mapping.as_ref().map(AsFd::as_fd), socket.as_fd())
-                .map_err(Failure::or_stale)?;
+            let root = Root::build(plan).map_err(Failure::or_stale)?;
             mappings.extend(mapping.map(|fd| (plan.identity.uid, fd)));
             Some(root)
         } else {
@@ -162,8 +161,7 @@ impl<'a> Template<'a> {
 
     /// Make sandboxes until the supervisor closes its end.
     fn serve(&mut self) -> Result<(), Failure> {
-        let shared = self.root.as_ref().is_some_and(Root::shares_layer);
-        report::send(self.socket, &Message::Template { shared });
+        report::send(self.socket, &Message::Template);
         loop {
             let mut polled = [
                 PollFd::new(self.socket, PollFlags::IN),
@@ -292,7 +290,7 @@ impl<'a> Template<'a> {
 
     /// Root gives every living sandbox ids of its own; an ordinary user has but one.
     fn free_slot(&self) -> Result<u32, Failure> {
-        if !self.as_root || self.root.as_ref().is_some_and(Root::shares_layer) {
+        if !self.as_root {
             return Ok(0);
         }
         (0..LIVING_MAX)
