@@ -142,15 +142,15 @@ def _undoing_networks() -> bool:
 class OwnNetwork(NativeSandbox):
     """Every sandbox has a network namespace of its own; none of ours is ever shared again."""
 
-    def _plan(
+    def plan(
         self,
         profile: Profile,
         layout: Layout,
-        identity: Mapping[str, object],
+        ids: Mapping[str, object],
         *,
         explain: bool = False,
     ) -> Plan:
-        plan = super()._plan(profile, layout, identity, explain=explain)
+        plan = super().plan(profile, layout, ids, explain=explain)
         return replace(plan, network="own")
 
 

@@ -131,15 +131,15 @@ class Weakened(NativeSandbox):
         super().__init__(launcher, tier=box.tier, cgroups=cgroups, ahead=0)
         self._change = change
 
-    def _plan(
+    def plan(
         self,
         profile: Profile,
         layout: Layout,
-        identity: Mapping[str, object],
+        ids: Mapping[str, object],
         *,
         explain: bool = False,
     ) -> Plan:
-        return self._change(super()._plan(profile, layout, identity, explain=explain))
+        return self._change(super().plan(profile, layout, ids, explain=explain))
 
 
 @pytest.fixture

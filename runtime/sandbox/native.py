@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from safeconduct.call import (
@@ -29,24 +28,17 @@ from .layout import (
     SEARCH,
     Layout,
     environment_of,
-    lay_out,
-    lay_out_base,
-    lay_out_grants,
     overlaid,
 )
 from .overlay import Keeper, Layers
-from .plan import Plan, Setting, identity
-from .pool import AHEAD, Pool, Pools
+from .plan import Plan, Setting
+from .pool import AHEAD, Pool
 from .refused import Refusals
 from .running import Running
 from .scratch import Scratches
 from .shield import Shield
-from .template import Template, Waiting
-
-# LIMIT: settings that are remembered.
-_SETTINGS_MAX = 64
-# How long the launcher may take to clone the mounts of one call.
-_CLONE_SECONDS = 20.0
+from .stock import Stock
+from .template import Waiting
 
 _T = TypeVar("_T")
 NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
@@ -88,9 +80,7 @@ class NativeSandbox:
         self._launcher = launcher
         self._cgroups = cgroups
         self._scratches = Scratches()
-        self._pools = Pools(ahead=ahead)
-        # Each holds the objects whose identity names it.
-        self._settings: dict[Hashable, Setting] = {}
+        self._stock = Stock(launcher, self.tier, self, cgroups=cgroups, ahead=ahead)
         self._confinements: dict[tuple[Limits, bool, bool], Confinement] = {}
 
     def run(
@@ -113,7 +103,7 @@ class NativeSandbox:
         where there is no such program and SandboxFailed where the sandbox broke; then nothing is
         left running.
         """
-        setting = self._setting(profile, workspace, shield, program.cwd, explain=explain)
+        setting = self._stock.setting(profile, workspace, shield, program.cwd, explain=explain)
         return _again_if_stale(lambda: self._run(call, program, setting, sink=sink, late=late))
 
     def _run(
@@ -132,7 +122,7 @@ class NativeSandbox:
             held.callback(running.close)
             running.pool.reach()
             capture = Capture(profile.limits.output_bytes, sink)
-            refusals = _Listening(held, profile, self._filter(profile)) if explain else None
+            refusals = _Listening(held, profile, self.program(profile)) if explain else None
             with closing(running.watch()) as watch:
                 try:
                     end = capture.follow(
@@ -203,33 +193,12 @@ class NativeSandbox:
 
     def close(self) -> None:
         """End every waiting sandbox and remove what is left of scratch folders."""
-        self._pools.close()
+        self._stock.close()
         self._scratches.close()
 
     def prepare(self, profile: Profile) -> None:
         """Have sandboxes made for first calls with the limits of ``profile``. Does not wait."""
-        setting = Setting(profile=profile, workspace="/", shield=Shield(), cwd="/")
-        if setting.can_be_late(self.tier):
-            self._base_pool(setting).give_back()
-
-    def _setting(
-        self, profile: Profile, workspace: str, shield: Shield, cwd: str, *, explain: bool
-    ) -> Setting:
-        # By identity: comparing what they hold would take longer than making it anew.
-        alike = id(profile), id(shield), workspace, cwd, explain
-        found = self._settings.get(alike)
-        if found is None:
-            if len(self._settings) >= _SETTINGS_MAX:
-                self._settings.clear()
-            found = self._settings[alike] = Setting(
-                profile=profile,
-                workspace=workspace,
-                shield=shield,
-                cwd=cwd,
-                explain=explain,
-                tier=self.tier,
-            )
-        return found
+        self._stock.prepare_first(profile)
 
     def _begin(
         self,
@@ -246,7 +215,7 @@ class NativeSandbox:
             # A template that died takes its waiting sandboxes along, and one that was killed is not
             # made again ("sandbox"); nothing of this call ran in them.
             for attempt in ("first", "last"):
-                pool, bound = self._reserve(setting, late=late)
+                pool, bound = self._stock.reserve(setting, late=late)
                 try:
                     running = self._take(pool, program, setting, given, bound=bound)
                 except SandboxFailed as error:
@@ -255,7 +224,7 @@ class NativeSandbox:
                         raise
                     continue
                 if bound and not late:
-                    self._pool(setting).give_back()
+                    self._stock.prepare(setting)
                 return running
             raise SandboxFailed("There is no sandbox.", step="pool")
         except SandboxFailed as error:
@@ -264,15 +233,6 @@ class NativeSandbox:
             raise SandboxFailed(
                 f"The sandbox could not be made: {error}.", step="prepare", errno=error.errno or 0
             ) from error
-
-    def _reserve(self, setting: Setting, *, late: bool) -> tuple[Pool, bool]:
-        """Return a pool, and whether the profile's folders still have to be attached."""
-        pool = None if late else self._pools.find(setting.key)
-        if pool is not None:
-            return pool, False
-        if setting.can_be_late(self.tier) and (late or self._pools.has(setting.base_key)):
-            return self._base_pool(setting), True
-        return self._pool(setting), False
 
     def _take(
         self,
@@ -289,7 +249,7 @@ class NativeSandbox:
             layers = self._layers(setting)
             waiting = layers.mount(pool.take) if layers is not None else pool.take()
             if bound:
-                self._bind(waiting, setting)
+                self._stock.bind(waiting, setting)
             scratch = self._scratches.path(waiting.scratch)
             environment = {**environment_of(self.tier, scratch), **program.environment}
             run = encode(
@@ -343,60 +303,14 @@ class NativeSandbox:
             disk_bytes=setting.profile.limits.disk_bytes,
         )
 
-    def _bind(self, waiting: Waiting, setting: Setting) -> None:
-        """Attach the folders of one call to a sandbox that was made without any."""
-        ids, mapped = identity(setting.workspace, self.tier)
-        ids |= {"uid": waiting.uid, "gid": waiting.uid if mapped else ids["gid"]}
-        grants = lay_out_grants(
-            setting.profile, cwd=setting.cwd, shield=setting.shield, mapped=mapped
-        )
-        binds = [mount for mount in grants.mounts if mount["kind"] == "bind"]
-        trees = self._launcher.clone(ids, binds, _CLONE_SECONDS) if binds else []
-        try:
-            bind = encode({"mounts": grants.mounts, "landlock": grants.landlock})
-            waiting.channel.tell(bind, trees)
-        finally:
-            for tree in trees:
-                os.close(tree)
-
-    def _pool(self, setting: Setting) -> Pool:
-        return self._pools.reserve(
-            setting.key, lambda: self._template(setting), ahead=setting.ready
-        )
-
-    def _base_pool(self, setting: Setting) -> Pool:
-        return self._pools.reserve(setting.base_key, lambda: self._base(setting.profile))
-
-    def _template(self, setting: Setting) -> Template:
-        ids, mapped = identity(setting.workspace, self.tier)
-        layout = lay_out(
-            setting.profile, self.tier, cwd=setting.cwd, shield=setting.shield, mapped=mapped
-        )
-        plan = self._plan(setting.profile, layout, ids, explain=setting.explain)
-        return self._make(plan, self._filter(setting.profile, explain=setting.explain))
-
-    def _base(self, profile: Profile) -> Template:
-        ids, _ = identity(None, self.tier)
-        plan = replace(self._plan(profile, lay_out_base(profile), ids), late=True)
-        return self._make(plan, self._filter(profile))
-
-    def _make(self, plan: Plan, program: bytes) -> Template:
-        template = self._launcher.template(self.tier, asdict(plan), program)
-        if self._cgroups is not None:
-            template.closed = partial(self._cgroups.retire_made, plan.name)
-        return template
-
-    def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
+    def program(self, profile: Profile, *, explain: bool = False) -> bytes:
+        """Return the seccomp filter of a profile."""
         return seccomp.compile_filter(self.tier, profile.syscalls, explain=explain)
 
-    def _plan(
-        self,
-        profile: Profile,
-        layout: Layout,
-        identity: Mapping[str, object],
-        *,
-        explain: bool = False,
+    def plan(
+        self, profile: Profile, layout: Layout, ids: Mapping[str, object], *, explain: bool = False
     ) -> Plan:
+        """Return what a template of this profile is made of."""
         layers = ["landlock", "seccomp", "capabilities"]
         if self.tier is Tier.FULL:
             layers.append("namespaces")
@@ -404,7 +318,7 @@ class NativeSandbox:
         name = self._cgroups.new_name() if self._cgroups else secrets.token_hex(4)
         return Plan(
             layers=layers,
-            identity=identity,
+            identity=ids,
             mounts=layout.mounts,
             landlock=layout.landlock,
             rlimits=bounds.rlimits(limits, self.tier, in_cgroup=self._cgroups is not None),

@@ -17,16 +17,16 @@ _MARK = "user.safeconduct.placeholder"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def hold(workspace: int, name: str) -> None:
-    """Make an empty folder at ``name``, owned as the workspace is; one that exists is left."""
+def hold(workspace: int, name: str) -> bool:
+    """Make an empty folder at ``name``, owned as the workspace is; False where one exists."""
     with _parent(workspace, name) as (parent, last):
         if parent is None:
-            return
+            return False
         try:
             os.mkdir(last, 0o755, dir_fd=parent)
             made = os.open(last, _FOLDER, dir_fd=parent)
         except FileExistsError:
-            return
+            return False
         except OSError as error:
             raise SandboxFailed(
                 f"{name} cannot be protected: {error.strerror}.", step="shield"
@@ -39,6 +39,7 @@ def hold(workspace: int, name: str) -> None:
                 os.setxattr(made, _MARK, b"1")
         finally:
             os.close(made)
+        return True
 
 
 def is_held(workspace: int, name: str) -> bool:
@@ -58,9 +59,9 @@ def is_held(workspace: int, name: str) -> bool:
             os.close(folder)
 
 
-def release(workspace: int, name: str) -> None:
-    """Remove the folder at ``name`` if we made it and it is still empty."""
-    if is_held(workspace, name):
+def release(workspace: int, name: str, *, made: bool = False) -> None:
+    """Remove the folder at ``name`` if it is empty, and ours: ``made`` by us or marked so."""
+    if made or is_held(workspace, name):
         with _parent(workspace, name) as (parent, last), suppress(OSError):
             os.rmdir(last, dir_fd=parent)
 

@@ -47,20 +47,20 @@ class Nesting(NativeSandbox):
     Tier full only: without namespaces there is nothing that they could nest.
     """
 
-    def _plan(
+    def plan(
         self,
         profile: Profile,
         layout: Layout,
-        identity: Mapping[str, object],
+        ids: Mapping[str, object],
         *,
         explain: bool = False,
     ) -> Plan:
-        plan = super()._plan(profile, layout, identity, explain=explain)
+        plan = super().plan(profile, layout, ids, explain=explain)
         masked = [mount for mount in plan.mounts if not _masks_proc(str(mount["target"]))]
         layers = [layer for layer in plan.layers if layer != "landlock"]
         return replace(plan, layers=layers, mounts=masked, landlock=())
 
-    def _filter(self, profile: Profile, *, explain: bool = False) -> bytes:
+    def program(self, profile: Profile, *, explain: bool = False) -> bytes:
         del explain
         return nesting_filter(profile.syscalls)
 

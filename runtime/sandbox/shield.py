@@ -82,6 +82,8 @@ class Shields:
         self._workspace_fd = os.open(workspace, _FOLDER)
         self._lock = _share(lock) if lock is not None else None
         self._known: dict[Profile, _Raised] = {}
+        # Folders made here: not every file system can mark them.
+        self._made: set[str] = set()
 
     @contextmanager
     def raised(self, profile: Profile, hides: Callable[[str], bool]) -> Generator[Shield]:
@@ -109,7 +111,8 @@ class Shields:
                 for name in self._protected:
                     parts = name.rstrip("/").split("/")
                     for count in range(1, len(parts) + 1):
-                        places.release(self._workspace_fd, "/".join(parts[:count]))
+                        folder = "/".join(parts[:count])
+                        places.release(self._workspace_fd, folder, made=folder in self._made)
         finally:
             os.close(self._workspace_fd)
             if self._lock is not None:
@@ -147,10 +150,15 @@ class Shields:
         if profile.hide:
             hidden += _find_hidden(profile, hides, witness)
         hidden = _outermost(path for path in hidden if os.path.lexists(path))
+        kept = _outermost(kept)
         held = [*kept, *hidden, *(self._path(name) for name in free)]
-        shield = Shield(
-            protected=tuple(_outermost(kept)), hidden=tuple(hidden), anchors=_anchors(profile, held)
-        )
+        # What lies in a protected folder cannot be renamed anyway.
+        anchors = [
+            folder
+            for folder in _anchors(profile, held)
+            if not any(_within(folder, path) for path in kept)
+        ]
+        shield = Shield(protected=tuple(kept), hidden=tuple(hidden), anchors=tuple(anchors))
         return _Raised(shield=shield, free=free, witness=witness)
 
     def _refuse_absent_grants(self, profile: Profile) -> None:
@@ -194,10 +202,12 @@ class Shields:
             held = "/".join(parts[:count])
             is_folder = count < len(parts) or name.endswith("/")
             if not os.path.lexists(self._path(held)) and is_folder:
-                places.hold(self._workspace_fd, held)
+                if places.hold(self._workspace_fd, held):
+                    self._made.add(held)
                 return held
             # A file where a folder belongs (`.git` of a worktree) is itself what to protect.
-            if os.path.isfile(self._path(held)) or places.is_held(self._workspace_fd, held):
+            ours = held in self._made or places.is_held(self._workspace_fd, held)
+            if ours or os.path.isfile(self._path(held)):
                 return held
         return name.rstrip("/")
 

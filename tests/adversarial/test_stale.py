@@ -61,15 +61,15 @@ class Interrupted(NativeSandbox):
             happens()
         return super()._take(pool, program, setting, given, bound=bound)
 
-    def _plan(
+    def plan(
         self,
         profile: Profile,
         layout: Layout,
-        identity: Mapping[str, object],
+        ids: Mapping[str, object],
         *,
         explain: bool = False,
     ) -> Plan:
-        plan = super()._plan(profile, layout, identity, explain=explain)
+        plan = super().plan(profile, layout, ids, explain=explain)
         if self._checked:
             return plan
         unchecked = [

@@ -67,7 +67,7 @@ def held(launcher: Launcher, temporary: Path, box: Box) -> tuple[int, list[str],
     # Folders of sandboxes that wait are theirs, and empty.
     used = [path for path in private if any(os.scandir(_below(temporary, path)))]
     # The next sandbox may be at hand, with its channel and the pipes of its output.
-    pools = box.sandbox._pools._pools.values()  # pyright: ignore[reportPrivateUsage]
+    pools = box.sandbox._stock.pools._pools.values()  # pyright: ignore[reportPrivateUsage]
     at_hand = sum(len(pool._at_hand) for pool in pools)  # pyright: ignore[reportPrivateUsage]
     return len(os.listdir("/proc/self/fd")) - 3 * at_hand, launchers, used
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -204,3 +205,25 @@ def test_many_protected_places_in_a_sandbox_bound_late(box: Box, count: int) -> 
     assert not (places[-1] / "evil").exists()
     # In tier landlock a folder that holds protected names takes no new ones.
     assert (box.workspace / "fine").exists() == (box.tier is Tier.FULL), outcome.stderr
+
+
+def test_places_are_held_where_they_cannot_be_marked(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no such attributes here")
+
+    # As tmpfs before Linux 6.6 has it, and many network file systems.
+    monkeypatch.setattr(os, "setxattr", unsupported)
+    monkeypatch.setattr(os, "getxattr", unsupported)
+    names = (".git/config", ".git/hooks/", ".git/info/attributes", ".claude/")
+    shields = Shields(str(box.workspace), names)
+    attack = "mkdir -p .git/hooks .git/info; echo x > .git/config; mv .git away"
+    for _ in range(3):
+        with shields.raised(box.profile(), nothing) as shield:
+            assert shield.protected == tuple(
+                str(box.workspace / name) for name in (".claude", ".git")
+            )
+            assert not box.run("sh", "-c", attack, shield=shield).ok
+    shields.close()
+    assert not list(box.workspace.iterdir())
