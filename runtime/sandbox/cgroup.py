@@ -37,6 +37,8 @@ _CONTROLLERS_V1 = ("memory", "pids", "cpuacct")
 _BATCH, _PAUSE_SECONDS = 16, 0.008
 # LIMIT: where calls end faster than that, whoever makes a new one removes two old ones.
 _BACKLOG_MAX = 512
+# LIMIT: closed templates whose cgroups are looked for again when another one is closed.
+_ENDED_MAX = 8
 # LIMIT: a tree that forks while it is moved is moved again, so often.
 _MOVES_MAX = 4
 
@@ -112,6 +114,7 @@ class Cgroups:
     _owner_pid: int = field(default_factory=os.getpid)
     _wake: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ended: deque[str] = field(default_factory=lambda: deque[str](maxlen=_ENDED_MAX))
     _sweeper: threading.Thread | None = None
     _closed: bool = False
 
@@ -271,8 +274,11 @@ class Cgroups:
         """Hand back what the launcher made under ``name`` and does not need any more: it removes
         that itself, unless it was killed.
         """
-        for made, left in self._made_for_us(f"{name}-*"):
-            self._retire(made, left)
+        # Whoever made the earlier ones may have been killed a moment later, and made one more.
+        self._ended.append(name)
+        for ended in tuple(self._ended):
+            for made, left in self._made_for_us(f"{ended}-*"):
+                self._retire(made, left)
 
     def _made_for_us(self, pattern: str) -> list[tuple[str, Cgroup]]:
         """Find what the launcher made under our names and was killed before it removed."""

@@ -40,6 +40,9 @@ from .shield import Shield
 from .stock import Stock
 from .template import Waiting
 
+# With the template bound to the call's folders, with one bound to none, and with a new one.
+_ATTEMPTS = 3
+
 _T = TypeVar("_T")
 NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
 
@@ -133,6 +136,8 @@ class NativeSandbox:
                         arrived=(lambda: refusals.take(running)) if refusals else None,
                     )
                 except SandboxFailed as error:
+                    if error.step in ("channel", "launcher"):
+                        self._stock.pools.distrust()
                     raise running.translated(error) from error
                 if capture.exceeded == "depth":
                     watch.flatten()
@@ -214,13 +219,13 @@ class NativeSandbox:
         try:
             # A template that died takes its waiting sandboxes along, and one that was killed is not
             # made again ("sandbox"); nothing of this call ran in them.
-            for attempt in ("first", "last"):
+            for attempt in range(_ATTEMPTS):
                 pool, bound = self._stock.reserve(setting, late=late)
                 try:
                     running = self._take(pool, program, setting, given, bound=bound)
                 except SandboxFailed as error:
                     again = error.step in ("template", "channel", "sandbox") or error.code == STALE
-                    if not again or attempt == "last":
+                    if not again or attempt == _ATTEMPTS - 1:
                         raise
                     continue
                 if bound and not late:
@@ -354,14 +359,15 @@ class NativeSandbox:
 
 
 def _again_if_stale(attempt: Callable[[], _T]) -> _T:
-    """Try once more where somebody changed what the sandbox hides or protects after it was made:
-    its program was not started.
+    """Try again where somebody changed what the sandbox hides or protects after it was made, or
+    ended its template: its program was not started.
     """
-    try:
-        return attempt()
-    except SandboxFailed as error:
-        if error.code != STALE:
-            raise
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return attempt()
+        except SandboxFailed as error:
+            if error.code != STALE:
+                raise
     return attempt()
 
 

@@ -163,6 +163,14 @@ class Pools:
         pool = self._pools.get(key)
         return pool is not None and not pool.failed
 
+    def distrust(self) -> None:
+        """Use no sandbox any more that waits now: something ended one that was in use."""
+        with self._lock:
+            for key, pool in list(self._pools.items()):
+                pool.failed = True
+                if not pool.busy:
+                    self._pools.pop(key).close()
+
     def _start_keeper(self) -> None:
         if self._keeper is None:
             self._keeper = threading.Thread(

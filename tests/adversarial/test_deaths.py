@@ -314,8 +314,13 @@ def test_the_supervisor_dies(
     if order == ("supervisor",) and first == signal.SIGKILL and cgroups is not None:
         until(lambda: not groups(supervisor.pid, cgroups), "cgroups are left")
     for folder in left:  # of templates that were killed: the next supervisor removes them
-        with suppress(FileNotFoundError):
-            folder.rmdir()
+        until(lambda folder=folder: _removed(folder), f"{folder} is busy")
+
+
+def _removed(folder: Path) -> bool:
+    with suppress(OSError):  # a process that is not collected yet is still in it
+        folder.rmdir()
+    return not folder.exists()
 
 
 def test_a_fork_of_the_supervisor_keeps_nothing_alive(prey: Prey) -> None:

@@ -150,6 +150,7 @@ def load(folder: Path, name: str) -> Shelved:
             f"There are no kept changes named {name[:80]!a}.",
             step="changes",
             code="workspace.no_changes",
+            hint="`safeconduct changes ls` lists those that are kept.",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise SandboxFailed(
