@@ -61,8 +61,8 @@ class Cgroup:
         return self.accounts.read()
 
     def members(self) -> list[int]:
-        """Return the process ids that are in it now."""
-        return _members(next(iter(self.folders.values())) / "cgroup.procs")
+        """Return the process ids that are in it now, some perhaps not yet in all of its folders."""
+        return sorted({pid for procs in self.procs for pid in _members(Path(procs))})
 
     def kill(self) -> None:
         """End every process in it. The call is over: whatever is still there was left behind.

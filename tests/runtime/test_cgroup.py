@@ -7,6 +7,7 @@ version 2 needs a machine that has it.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -229,6 +230,19 @@ def test_retiring_does_not_wait_for_the_kernel(real: Cgroups) -> None:
     assert standing(one) or process.poll() is None
     assert gone(one)
     process.wait()
+
+
+def test_what_has_joined_only_a_part_of_it_is_ended_too(real: Cgroups) -> None:
+    one = real.make(Limits())
+    for procs in one.procs:
+        join = f"echo 0 > {procs}; echo in; exec sleep 60"
+        with subprocess.Popen(["sh", "-c", join], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"in\n"
+            one.kill()
+            assert process.wait(5) == -signal.SIGKILL
+    real.retire(one)
+    assert gone(one)
 
 
 def test_close_removes_what_was_never_retired() -> None:
