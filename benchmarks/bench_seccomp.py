@@ -70,7 +70,7 @@ def _timed(program: bytes | None) -> list[float]:
 def main() -> None:
     """Measure and print."""
     chosen = options(__doc__)
-    exported = seccomp._export(Tier.FULL, ())  # pyright: ignore[reportPrivateUsage]
+    exported = seccomp.export(Tier.FULL, ())
     programs = {
         "none": None,
         "exported": exported,

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         tell(f"{error.filename or 'the system'}: {error.strerror}", "check the path and its mode")
         return Exit.FAILURE
-    except Exception:
+    except Exception:  # whatever it is, it must not end with a code that means something else
         traceback.print_exc()
         tell("this is a bug of ours; please report it")
         return Exit.BUG

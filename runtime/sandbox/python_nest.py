@@ -7,16 +7,13 @@ filter that also lets it make exactly the namespaces and mounts its forks need.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from tempfile import TemporaryFile
 
 import pyseccomp as libseccomp
 
 from safeconduct.call import Profile, Tier
-from safeconduct.errors import SandboxUnavailable
 
 from . import seccomp
 from .layout import Layout
@@ -78,30 +75,18 @@ def _masks_proc(target: str) -> bool:
 @cache
 def nesting_filter(syscalls: tuple[str, ...] = ()) -> bytes:
     """Compile the zygote's filter: that of its forks and what it needs to confine them."""
-    try:
-        program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
-        program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
-        program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
-        for action, name, arguments in seccomp._rules(Tier.FULL, syscalls):  # pyright: ignore[reportPrivateUsage]
-            if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
-                program.add_rule(action, name, *arguments)
-        for flags in _UNSHARES:
-            program.add_rule(libseccomp.ALLOW, "unshare", _equal(0, flags))
-        program.add_rule(libseccomp.ALLOW, "setns", _equal(1, CLONE_NEWPID))
-        for name in _MOUNTS:
-            program.add_rule(libseccomp.ALLOW, name)
-        for option in (_PRCTL_SECCOMP, _PRCTL_BOUNDING_SET):
-            program.add_rule(libseccomp.ALLOW, "prctl", _equal(0, option))
-        with TemporaryFile() as file:
-            program.export_bpf(file)
-            file.seek(0)
-            return file.read()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SandboxUnavailable(
-            f"libseccomp cannot compile the filter: {error}",
-            missing="seccomp",
-            hint="Install libseccomp 2.5 or newer (package libseccomp2).",
-        ) from error
+    return seccomp.export(Tier.FULL, syscalls, _nesting_rules())
+
+
+def _nesting_rules() -> Iterator[seccomp.Rule]:
+    allow = libseccomp.ALLOW
+    for flags in _UNSHARES:
+        yield allow, "unshare", (_equal(0, flags),)
+    yield allow, "setns", (_equal(1, CLONE_NEWPID),)
+    for name in _MOUNTS:
+        yield allow, name, ()
+    for option in (_PRCTL_SECCOMP, _PRCTL_BOUNDING_SET):
+        yield allow, "prctl", (_equal(0, option),)
 
 
 def _equal(position: int, value: int) -> libseccomp.Arg:

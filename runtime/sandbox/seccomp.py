@@ -13,8 +13,9 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, lru_cache
+from itertools import chain
 from tempfile import TemporaryFile
 from typing import TypeAlias
 
@@ -154,7 +155,7 @@ def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool) -> bytes:
             )
     if explain:
         return _asking(_compile(tier, syscalls, explain=False))
-    return bpf.shorten(_export(tier, syscalls))
+    return bpf.shorten(export(tier, syscalls))
 
 
 def _asking(program: bytes) -> bytes:
@@ -172,12 +173,13 @@ def _asking(program: bytes) -> bytes:
     )
 
 
-def _export(tier: Tier, syscalls: tuple[str, ...]) -> bytes:
+def export(tier: Tier, syscalls: tuple[str, ...], more: Iterable[Rule] = ()) -> bytes:
+    """Compile the rules of a tier, and ``more``. Raises SandboxUnavailable without libseccomp."""
     try:
         program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
         program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
         program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
-        for action, name, arguments in _rules(tier, syscalls):
+        for action, name, arguments in chain(_rules(tier, syscalls), more):
             if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
                 program.add_rule(action, name, *arguments)
         with TemporaryFile() as file:
@@ -192,10 +194,10 @@ def _export(tier: Tier, syscalls: tuple[str, ...]) -> bytes:
         ) from error
 
 
-_Rule: TypeAlias = tuple[int, str, tuple[libseccomp.Arg, ...]]
+Rule: TypeAlias = tuple[int, str, tuple[libseccomp.Arg, ...]]
 
 
-def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[_Rule]:
+def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[Rule]:
     allow = libseccomp.ALLOW
     plain = _FILES + _MEMORY + _PROCESSES + _TIME + _MESSAGES
     for name in (plain + (_NAMESPACED if tier is Tier.FULL else "")).split():
@@ -216,7 +218,7 @@ def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[_Rule]:
         yield from _ADDED.get(name, ((allow, name, ()),))
 
 
-def _choices() -> Iterator[_Rule]:
+def _choices() -> Iterator[Rule]:
     """Yield the calls that are many in one: which of them is one argument's value."""
     allow = libseccomp.ALLOW
     for kind in _SOCKET_KINDS:
@@ -234,7 +236,7 @@ def _choices() -> Iterator[_Rule]:
             yield allow, name, (_equal(position, value),)
 
 
-def _files_without_set_id() -> Iterator[_Rule]:
+def _files_without_set_id() -> Iterator[Rule]:
     """Yield the calls that give a file its mode: never set-user-ID or set-group-ID.
 
     As root the workspace is id-mapped to its owner, so such a bit would reach the host's disk.
@@ -269,7 +271,7 @@ def _equal(position: int, value: int) -> libseccomp.Arg:
 
 
 # What a name adds where it is not the whole system call, or not it alone.
-_ADDED: Mapping[str, tuple[_Rule, ...]] = {
+_ADDED: Mapping[str, tuple[Rule, ...]] = {
     "ptrace": (
         (libseccomp.ALLOW, "ptrace", ()),
         (libseccomp.ALLOW, "prctl", (_equal(0, _PR_SET_PTRACER),)),

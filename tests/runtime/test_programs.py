@@ -257,7 +257,11 @@ def test_git_makes_a_repository_in_a_folder(desk: Desk) -> None:
 @once
 def test_pytest_tests_a_project(desk: Desk) -> None:
     needs("python3")
-    text = "def test_sum(tmp_path):\n    (tmp_path / 'x').write_text('1')\n    assert 1 + 1 == 2\n"
+    text = (
+        "def test_kept(tmp_path):\n"
+        "    (tmp_path / 'x').write_text('1')\n"
+        "    assert (tmp_path / 'x').read_text() == '1'\n"
+    )
     folder = desk.folder("project", test_sum__py=text)
     (folder / "lib").mkdir()
     for name in ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments"):

@@ -72,7 +72,7 @@ def verdict(program: bytes, call: int, *arguments: int, arch: int = NATIVE) -> i
 @pytest.mark.parametrize("added", [(), tuple(ADDABLE)], ids=["plain", "all-added"])
 @pytest.mark.parametrize("tier", Tier)
 def test_the_short_program_is_the_one_libseccomp_made(tier: Tier, added: tuple[str, ...]) -> None:
-    exported = seccomp._export(tier, added)  # pyright: ignore[reportPrivateUsage]
+    exported = seccomp.export(tier, added)
     long, short = bpf.decode(exported), bpf.decode(seccomp.compile_filter(tier, added))
     assert len(short) <= INSTRUCTIONS_MAX
     assert len(short) * 2 < len(long)
