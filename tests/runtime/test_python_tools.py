@@ -351,10 +351,13 @@ def test_many_calls_leave_nothing_behind(python: Snippets) -> None:
     for number in range(300):
         assert python.result("input", number) == number
     python.engine.settle()
-    ours, theirs = held()
     # A cgroup that is still being removed may hold a few.
-    assert ours <= before[0] + 40
-    assert theirs == before[1]
+    assert held()[0] <= before[0] + 40
+    # The zygote puts away what belonged to an ended fork after it has told of the end.
+    until = time.monotonic() + 10
+    while held()[1] != before[1] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert held()[1] == before[1]
 
 
 POLICY = """\
