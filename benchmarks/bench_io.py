@@ -10,6 +10,7 @@ io_ratio       direct workspace on the disk that TMPDIR says, inside over outsid
                bring it there, otherwise it would speed up and slow down in between
 memory_ratio   the same in /dev/shm: the worst case, no disk hides what the layers cost
 overlay_ratio  overlay workspace inside over a direct run outside, in /dev/shm
+without_landlock_ratio  memory_ratio with that layer taken away: the rest is what Landlock costs
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from typing import cast
 
 from safeconduct.call import Outcome, Profile, Tier, WorkspaceMode
 from safeconduct.runtime.sandbox.interpreter import base_grants, interpreter
+from safeconduct.runtime.sandbox.native import NativeSandbox
 
 from .harness import Measured, Options, columns, spread
-from .subject import Bench, bench, rest, spawn
+from .subject import Bench, WithoutLandlock, bench, rest, spawn
 
 _FILES, _MADE, _FOLDERS, _ROUNDS = 600, 200, 20, 2
 _MEMORY = "/dev/shm"
@@ -65,10 +67,15 @@ def _fill(workspace: Path) -> None:
         (workspace / f"d{number % _FOLDERS}/f{number}").write_bytes(b"x" * 1000)
 
 
-def _inside(made: Bench, argv: tuple[str, ...], mode: WorkspaceMode) -> Callable[[], bytes]:
+def _inside(
+    made: Bench,
+    argv: tuple[str, ...],
+    mode: WorkspaceMode,
+    kind: type[NativeSandbox] = NativeSandbox,
+) -> Callable[[], bytes]:
     folder = argv[-1]
     profile = Profile(name="bench", workspace=mode, read=(folder, *base_grants()), write=(folder,))
-    call: Callable[[], Outcome] = made.caller(made.sandbox(), argv, profile=profile)
+    call: Callable[[], Outcome] = made.caller(made.sandbox(kind), argv, profile=profile)
     return lambda: call().stdout
 
 
@@ -80,6 +87,8 @@ def _pairs(made: Bench, disk: str) -> Iterator[tuple[str, tuple[str, ...], Calla
     yield "memory_ratio", in_memory, _inside(made, in_memory, WorkspaceMode.DIRECT)
     if made.tier is Tier.FULL:
         yield "overlay_ratio", in_memory, _inside(made, in_memory, WorkspaceMode.OVERLAY)
+        bare = _inside(made, in_memory, WorkspaceMode.DIRECT, WithoutLandlock)
+        yield "without_landlock_ratio", in_memory, bare
 
 
 def measure(chosen: Options) -> Measured:

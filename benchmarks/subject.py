@@ -154,6 +154,21 @@ class OwnNetwork(NativeSandbox):
         return replace(plan, network="own")
 
 
+class WithoutLandlock(NativeSandbox):
+    """One layer less, to see what that layer costs. Nothing but a benchmark does so."""
+
+    def plan(
+        self,
+        profile: Profile,
+        layout: Layout,
+        ids: Mapping[str, object],
+        *,
+        explain: bool = False,
+    ) -> Plan:
+        plan = super().plan(profile, layout, ids, explain=explain)
+        return replace(plan, layers=[layer for layer in plan.layers if layer != "landlock"])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """A launcher, what this machine gives, and a workspace."""

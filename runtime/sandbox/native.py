@@ -162,10 +162,12 @@ class NativeSandbox:
         workspace: str,
         shield: Shield,
         stdio: tuple[int, int, int],
+        explain: bool = False,
     ) -> Running:
         """Start ``program`` on the given stdin, stdout and stderr and return once it executes.
 
-        What it changes in overlays is kept when it is closed.
+        What it changes in overlays is kept when it is closed. With ``explain`` the listener of its
+        filter comes over the channel, and whoever asked has to answer it.
         """
         given = dict(enumerate((*stdio, *program.descriptors)))
         # Such a program lives long: nobody waits for the next one.
@@ -174,6 +176,7 @@ class NativeSandbox:
             workspace=workspace,
             shield=shield,
             cwd=program.cwd,
+            explain=explain,
             ahead=0,
             tier=self.tier,
         )

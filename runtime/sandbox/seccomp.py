@@ -154,11 +154,11 @@ def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool) -> bytes:
                 hint="Take it out of the profile's syscalls.",
             )
     if explain:
-        return _asking(_compile(tier, syscalls, explain=False))
+        return asking(_compile(tier, syscalls, explain=False))
     return bpf.shorten(export(tier, syscalls))
 
 
-def _asking(program: bytes) -> bytes:
+def asking(program: bytes) -> bytes:
     """Return the program with every refusal turned into a question; killing stays killing.
 
     INVARIANT: seccomp(2) itself is refused in both, so no later filter can answer instead.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import ClassVar
 
-from .call import Outcome
+from .call import Outcome, Refused
 
 
 class Exit(IntEnum):
@@ -155,6 +155,7 @@ class ToolFailed(Error):
     ) -> None:
         super().__init__(message, code=code, hint=hint)
         self.errno = errno
+        self.refused: tuple[Refused, ...] = ()
 
 
 class TraceInvalid(Error):
