@@ -35,9 +35,9 @@ def exit_code(outcome: Outcome) -> int:
     return outcome.exit_code or Exit.OK
 
 
-def tell_refused(outcome: Outcome) -> None:
+def tell_refused(ended: Outcome | ToolFailed) -> None:
     """Tell which system calls were refused, where ``--explain`` asked for it."""
-    for one in outcome.refused:
+    for one in ended.refused:
         times = "once" if one.count == 1 else f"{one.count} times"
         tell(f"refused {times}: the system call {one.syscall}", one.remedy)
 
@@ -83,8 +83,11 @@ def error_json(error: Error, code: int) -> dict[str, object]:
     for kind, word in ((Denied, "denied"), (LimitExceeded, "limit"), (ToolFailed, "failed")):
         if isinstance(error, kind):
             status = word
-    found = {"code": error.code, "message": error.message}
-    return {"ok": False, "status": status, "exit": int(code), "error": found}
+    found: dict[str, object] = {"ok": False, "status": status, "exit": int(code)}
+    found["error"] = {"code": error.code, "message": error.message}
+    if isinstance(error, ToolFailed) and error.refused:
+        found["refused"] = [asdict(one) for one in error.refused]
+    return found
 
 
 def output_json(data: bytes) -> dict[str, str]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeAlias
 
 import msgspec
 
@@ -23,8 +24,9 @@ from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
 from . import bounds, cgroup, python_call
 from .native import NativeSandbox
-from .python_link import Hand, Zygote, start_single
+from .python_link import Hand, Zygote
 from .python_place import Place
+from .python_single import start_single
 from .python_talk import Heard, Sink, Talk
 from .shield import Shield
 
@@ -36,6 +38,8 @@ _CALLS_MAX = 64
 _BACKLOG_MAX = 64
 # Forks that wait for a call, in each zygote.
 WAITING = 1
+# Profile, workspace, and whether refused calls are counted.
+_Key: TypeAlias = tuple[Profile, str, bool]
 
 
 class PythonEngine:
@@ -51,7 +55,7 @@ class PythonEngine:
         self._lock = threading.Lock()
         self._backlog = threading.BoundedSemaphore(_BACKLOG_MAX)
         self._turns = threading.BoundedSemaphore(_CALLS_MAX)
-        self._zygotes: OrderedDict[tuple[Profile, str], _Warm] = OrderedDict()
+        self._zygotes: OrderedDict[_Key, _Warm] = OrderedDict()
         self._behind: ThreadPoolExecutor | None = None
         self._closed = False
         self.why_no_forks = "" if native.tier is Tier.FULL else "There are no namespaces here."
@@ -67,14 +71,16 @@ class PythonEngine:
         workspace: str,
         shield: Shield,
         sink: Sink | None = None,
+        explain: bool = False,
     ) -> Outcome:
         """Run ``source`` with ``input`` bound to ``value``, or its ``function`` on ``value``.
 
         The Outcome's value is ``{"result": …}`` for code and what the function returned otherwise;
-        its ``limit`` is set where a limit ended the call. Raises ToolFailed (python.raised,
-        .result, .died, .too_large), SandboxUnavailable and SandboxFailed.
+        its ``limit`` is set where a limit ended the call. ``explain`` counts what seccomp refuses,
+        in a zygote of its own. Raises ToolFailed (python.raised, .result, .died, .too_large),
+        SandboxUnavailable and SandboxFailed.
         """
-        place = Place(profile=profile, workspace=workspace, shield=shield)
+        place = Place(profile=profile, workspace=workspace, shield=shield, explain=explain)
         frame = _frame(source, value, function)
         with self._turns:
             warm = self._warm(place)
@@ -128,7 +134,7 @@ class PythonEngine:
 
     def _talk(self, hand: Hand, frame: bytes, warm: _Warm, sink: Sink | None) -> Heard:
         try:
-            heard = Talk(hand, warm.place.profile.limits, sink).hold(frame)
+            heard = Talk(hand, warm.place.profile, sink).hold(frame)
         except BaseException:
             warm.spent = True
             with suppress(SandboxFailed, SandboxUnavailable):
@@ -145,7 +151,7 @@ class PythonEngine:
         hand = start_single(self._native, place)
         try:
             limits = place.profile.limits
-            heard = Talk(hand, limits, sink).hold(frame)
+            heard = Talk(hand, place.profile, sink).hold(frame)
             confinement = self._confinement("python-process", place.profile)
             return heard.outcome(call, limits, hand.charge(), confinement)
         finally:
@@ -165,7 +171,7 @@ class PythonEngine:
                 raise SandboxFailed("The Python engine is closed.", step="closed")
             if self.why_no_forks:
                 return None
-            key = place.profile, place.workspace
+            key = _key(place)
             warm = self._zygotes.get(key)
             if warm and not warm.serves(place):
                 self._retire(key)
@@ -190,7 +196,7 @@ class PythonEngine:
         """Go back to having forks wait, off the caller's path."""
         with self._lock:
             warm.calls -= 1
-            key = warm.place.profile, warm.place.workspace
+            key = _key(warm.place)
             if warm.spent and self._zygotes.get(key) is warm:
                 self._retire(key)
             elif not self._closed:
@@ -208,7 +214,7 @@ class PythonEngine:
         self._backlog.release()
         hand.close()
 
-    def _retire(self, key: tuple[Profile, str]) -> None:
+    def _retire(self, key: _Key) -> None:
         """Give a zygote no more calls; it ends after its last one."""
         warm = self._zygotes.pop(key)
         warm.retired = True
@@ -270,6 +276,10 @@ class _Warm:
             if not self._ended:
                 self._ended = True
                 self._zygote.close()
+
+
+def _key(place: Place) -> _Key:
+    return place.profile, place.workspace, place.explain
 
 
 def _frame(source: str, value: Json, function: str) -> bytes:

@@ -29,6 +29,9 @@ _OPEN_TREE_CLONE, _AT_RECURSIVE, _AT_FDCWD = 1, 0x8000, -100
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 22, 24, 47
 _PR_CAP_AMBIENT_CLEAR_ALL, _SECCOMP_MODE_FILTER = 4, 2
+# seccomp(2). The second flag (Linux 5.19): else a signal would make a call be asked about twice.
+SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_LISTEN = 1 << 3 | 1 << 5  # NEW_LISTENER | WAIT_KILLABLE_RECV
 _CAPABILITY_VERSION_3 = 0x20080522
 
 # landlock(7): one bit for each right; native/launcher/src/confine.rs grants the same sets.
@@ -107,9 +110,12 @@ class Walls:
 
     def __init__(
         self, *, rules: Sequence[Rule], private: Sequence[tuple[str, str]], kept: Sequence[str],
-        rlimits: Sequence[tuple[str, int]], filter: bytes, uid: int, gid: int,
+        rlimits: Sequence[tuple[str, int]], filter: bytes, listen: int, uid: int, gid: int,
     ) -> None:  # fmt: skip
-        """``private`` are a fork's own tmpfs (target, options); ``kept`` lie below one of them."""
+        """``private`` are a fork's own tmpfs (target, options); ``kept`` lie below one of them.
+
+        ``listen`` is the number of seccomp(2) where the filter asks somebody, and 0 elsewhere.
+        """
         self._abi = _check(_syscall(_LANDLOCK_CREATE, None, 0, 1), "landlock version")
         known = max(abi for abi in _RIGHTS if abi <= self._abi)
         self._handled = _RIGHTS[known]
@@ -129,11 +135,16 @@ class Walls:
         self._filter = ctypes.create_string_buffer(filter, len(filter))
         program = struct.pack("@HP", len(filter) // 8, ctypes.addressof(self._filter))
         self._program = ctypes.create_string_buffer(program, len(program))
+        self._listen = listen
         self._ids = uid, gid
         self._no_capabilities = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24)
 
-    def raise_(self, joins: Sequence[int]) -> None:
-        """Confine this process for good. ``joins`` are ``cgroup.procs`` files, open to write."""
+    def raise_(self, joins: Sequence[int]) -> int | None:
+        """Confine this process for good. ``joins`` are ``cgroup.procs`` files, open to write.
+
+        Returns the listener of the filter where it asks. INVARIANT: no code of a call ever holds
+        it: who has it may say "continue".
+        """
         for fd in joins:
             os.write(fd, b"0")
         unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWCGROUP, "namespaces")
@@ -151,8 +162,16 @@ class Walls:
         self._renounce()
         _check(_syscall(_LANDLOCK_RESTRICT, ruleset, 0), "landlock")
         os.close(ruleset)
+        return self._filter_calls()
+
+    def _filter_calls(self) -> int | None:
         program = ctypes.byref(self._program)
+        if self._listen:
+            # prctl(2) can load a filter too, but knows no flags.
+            mode, flags = SECCOMP_SET_MODE_FILTER, SECCOMP_LISTEN
+            return _check(_syscall(self._listen, mode, flags, program), "seccomp")
         _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0), "seccomp")
+        return None
 
     def _mount(self) -> None:
         flags = MS_NOSUID | MS_NODEV

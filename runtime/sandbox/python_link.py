@@ -1,15 +1,14 @@
 """Step "sandbox": the processes of Python tools, as the supervisor holds them.
 
 A zygote is one native sandbox for one profile; each of its forks, like each process of a single
-call where forks cannot be confined, is a ``Hand``: a channel, two streams and a fate.
+call where forks cannot be confined (python_single.py), is a ``Hand``: a channel, two streams and a
+fate.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
-import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from typing import Protocol
 
 import msgspec
 
-from safeconduct.call import Profile
-from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
+from safeconduct.call import Profile, Tier
+from safeconduct.errors import SandboxFailed, SandboxUnavailable
 
 from . import cgroup, python_frames, python_nest, python_worker, seccomp
 from .accounts import INIT_PIDS
@@ -29,10 +28,11 @@ from .channel import Exit
 from .interpreter import interpreter
 from .native import NativeSandbox, Program
 from .python_place import Place, walls, zygote_limits
+from .refused import Refusals
 from .running import Running
 from .watch import Watch
 
-_START_SECONDS = 60.0
+START_SECONDS = 60.0
 _MESSAGE_BYTES_MAX = 64 << 10
 # INVARIANT: a fork after this many would know the address layout of as many calls before it.
 FORKS_PER_ZYGOTE = 1000
@@ -74,6 +74,8 @@ class Hand:
     charge: Callable[[], cgroup.Charge]
     watch: Callable[[], Watch]
     close: Callable[[], None]
+    # Waits for the listener of its filter, where there is one, and takes it over.
+    refusals: Callable[[], Refusals] | None = None
 
 
 class Zygote:
@@ -102,10 +104,12 @@ class Zygote:
                     **place.setting("zygote"),
                     **walls(place, granted, in_cgroup=groups is not None),
                 }
-                self._nesting = python_nest.nesting(native)
+                self._nesting = python_nest.nesting(native, asking=place.explain)
                 opened.callback(self._nesting.close)
                 roomy = replace(granted, limits=zygote_limits(place.profile.limits))
-                self._running = _start(self._nesting, roomy, place, setting, [theirs.fileno()])
+                self._running = start_worker(
+                    self._nesting, roomy, place, setting, [theirs.fileno()]
+                )
             opened.callback(self._running.close)
             self._control = ours
             _greet(ours)
@@ -151,10 +155,10 @@ class Zygote:
         if next(self._made) + 1 >= FORKS_PER_ZYGOTE:
             self.spent = True
         with ExitStack() as mine, ExitStack() as theirs:
-            fate, their_fate = _pair(mine, theirs, socket.SOCK_SEQPACKET)
-            channel, their_channel = _pair(mine, theirs, socket.SOCK_STREAM)
-            stdout, their_stdout = _pipe(mine, theirs)
-            stderr, their_stderr = _pipe(mine, theirs)
+            fate, their_fate = pair(mine, theirs, socket.SOCK_SEQPACKET)
+            channel, their_channel = pair(mine, theirs, socket.SOCK_STREAM)
+            stdout, their_stdout = pipe(mine, theirs)
+            stderr, their_stderr = pipe(mine, theirs)
             group = self._join(mine)
             given = [their_fate.fileno(), their_channel.fileno(), their_stdout, their_stderr]
             for path in group.procs if group else ():
@@ -166,15 +170,21 @@ class Zygote:
                 raise SandboxFailed(
                     f"The Python zygote is gone: {error}.", step="zygote"
                 ) from error
+            told = _ForkFate(fate)
             return Hand(
                 channel=channel,
                 stdout=stdout,
                 stderr=stderr,
-                fate=_ForkFate(fate),
+                fate=told,
                 charge=partial(_charge, group),
                 watch=partial(self._watch, group),
                 close=mine.pop_all().close,
+                refusals=partial(self._refusals, told) if self.place.explain else None,
             )
+
+    def _refusals(self, fate: _ForkFate) -> Refusals:
+        program = seccomp.compile_filter(Tier.FULL, self.place.profile.syscalls)
+        return Refusals(fate.listener(), program)
 
     def _join(self, mine: ExitStack) -> cgroup.Cgroup | None:
         """Make the cgroup of one fork; a fork has no init, for which cgroups leave room."""
@@ -209,11 +219,36 @@ class _ForkFate:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def listener(self) -> int:
+        """Wait for the listener, which a fork hands over before it says that it is ready.
+
+        INVARIANT: descriptors are taken here alone, once, and from no code of a call: a fork has
+        given up its end of this socket before its call arrives.
+        """
+        self._socket.settimeout(START_SECONDS)
+        try:
+            data, given, _, _ = socket.recv_fds(
+                self._socket, _MESSAGE_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError as error:
+            raise SandboxFailed(f"The Python zygote is gone: {error}.", step="zygote") from error
+        finally:
+            self._socket.settimeout(self.patience)
+        if data == python_worker.LISTENER and len(given) == 1:
+            return given[0]
+        for fd in given:
+            os.close(fd)
+        self._end_told(data)  # raises what it says, where it says why there is no process
+        raise SandboxFailed("The Python process died before its call.", step="ready")
+
     def receive(self) -> Exit:
         try:
             data = self._socket.recv(_MESSAGE_BYTES_MAX)
         except OSError as error:
             raise SandboxFailed(f"The Python zygote is gone: {error}.", step="zygote") from error
+        return self._end_told(data)
+
+    def _end_told(self, data: bytes) -> Exit:
         if not data:
             raise SandboxFailed("The Python zygote died.", step="zygote")
         told = python_frames.fate(data)
@@ -247,69 +282,15 @@ def _charge(group: cgroup.Cgroup | None) -> cgroup.Charge:
     return replace(charge, peak_pids=peak)
 
 
-def start_single(native: NativeSandbox, place: Place) -> Hand:
-    """Start an interpreter for one call in a sandbox of its own: no zygote, no forks."""
-    granted = place.granted()
-    with ExitStack() as mine, ExitStack() as theirs:
-        channel, their_channel = _pair(mine, theirs, socket.SOCK_STREAM)
-        stdout, their_stdout = _pipe(mine, theirs)
-        stderr, their_stderr = _pipe(mine, theirs)
-        setting, outputs = place.setting("single"), (their_stdout, their_stderr)
-        descriptors = [their_channel.fileno()]
-        try:
-            running = _start(native, granted, place, setting, descriptors, outputs)
-        except (SandboxFailed, ToolFailed) as error:
-            if error.errno != errno.EACCES:
-                raise
-            # As root, tier landlock drops to another user and then has only that user's view.
-            raise SandboxUnavailable(
-                f"The Python interpreter cannot be used inside a sandbox: {error.message}",
-                missing="python-interpreter",
-                hint="Use a Python installed in a folder that every user may enter.",
-            ) from error
-        mine.callback(running.close)
-        return Hand(
-            channel=channel,
-            stdout=stdout,
-            stderr=stderr,
-            fate=_SingleFate(running),
-            charge=cgroup.Charge,
-            watch=running.watch,
-            close=mine.pop_all().close,
-        )
-
-
-class _SingleFate:
-    # It ends by itself after its answer, within a few milliseconds.
-    patience = 1.0
-
-    def __init__(self, running: Running) -> None:
-        self._running = running
-
-    def fileno(self) -> int:
-        return self._running.channel.fileno()
-
-    def receive(self) -> Exit:
-        return self._running.channel.receive(self.patience)
-
-    def stop(self) -> None:
-        """Do nothing: the process ends after its answer, or by the sandbox's own clock."""
-
-    def expire(self) -> Exit:
-        self._running.close()
-        return Exit(
-            code=None, signal=int(signal.SIGKILL), wall_limit=False, wall_us=0, cpu_us=0,
-            peak_rss_kib=0,
-        )  # fmt: skip
-
-
-def _start(
+def start_worker(
     native: NativeSandbox,
     granted: Profile,
     place: Place,
     setting: dict[str, object],
     descriptors: Sequence[int],
     outputs: tuple[int, int] | None = None,
+    *,
+    explain: bool = False,
 ) -> Running:
     """Start the worker; without ``outputs`` what it prints is dropped."""
     script = os.path.realpath(python_worker.__file__)
@@ -323,12 +304,12 @@ def _start(
             outputs = null, null
         return native.start(
             program, granted, workspace=place.workspace, shield=place.shield,
-            stdio=(source, *outputs),
+            stdio=(source, *outputs), explain=explain,
         )  # fmt: skip
 
 
 def _greet(control: socket.socket) -> None:
-    control.settimeout(_START_SECONDS)
+    control.settimeout(START_SECONDS)
     try:
         data = control.recv(_MESSAGE_BYTES_MAX)
     except OSError as error:
@@ -355,14 +336,16 @@ def _unable(told: python_frames.Unable) -> SandboxUnavailable:
     )
 
 
-def _pair(
+def pair(
     mine: ExitStack, theirs: ExitStack, kind: socket.SocketKind
 ) -> tuple[socket.socket, socket.socket]:
+    """Return two ends of a line, each kept by its own stack."""
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     return mine.enter_context(one), theirs.enter_context(other)
 
 
-def _pipe(mine: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+def pipe(mine: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+    """Return an end to read without waiting and an end to write, each kept by its own stack."""
     read, write = os.pipe2(os.O_CLOEXEC)
     mine.callback(os.close, read)
     theirs.callback(os.close, write)

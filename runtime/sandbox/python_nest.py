@@ -16,6 +16,8 @@ import pyseccomp as libseccomp
 from safeconduct.call import Profile, Tier
 
 from . import seccomp
+from .cgroup import Cgroups
+from .launcher import Launcher
 from .layout import Layout
 from .native import NativeSandbox
 from .plan import Plan
@@ -25,6 +27,8 @@ from .python_confine import (
     CLONE_NEWNS,
     CLONE_NEWPID,
     CLONE_NEWUSER,
+    SECCOMP_LISTEN,
+    SECCOMP_SET_MODE_FILTER,
 )
 
 # The only combinations that python_worker.py and python_confine.py ask for.
@@ -44,6 +48,11 @@ class Nesting(NativeSandbox):
     Tier full only: without namespaces there is nothing that they could nest.
     """
 
+    def __init__(self, launcher: Launcher, cgroups: Cgroups | None, *, asking: bool) -> None:
+        """``asking`` where each fork shall have a listener of its own, for what it is refused."""
+        super().__init__(launcher, tier=Tier.FULL, cgroups=cgroups, ahead=0)
+        self._asking = asking
+
     def plan(
         self,
         profile: Profile,
@@ -59,13 +68,13 @@ class Nesting(NativeSandbox):
 
     def program(self, profile: Profile, *, explain: bool = False) -> bytes:
         del explain
-        return nesting_filter(profile.syscalls)
+        return nesting_filter(profile.syscalls, asking=self._asking)
 
 
-def nesting(native: NativeSandbox) -> Nesting:
+def nesting(native: NativeSandbox, *, asking: bool) -> Nesting:
     """Return what starts one zygote beside ``native``; it must be open as long as the zygote is."""
     launcher, groups = native._launcher, native._cgroups  # pyright: ignore[reportPrivateUsage]
-    return Nesting(launcher, tier=Tier.FULL, cgroups=groups, ahead=0)
+    return Nesting(launcher, groups, asking=asking)
 
 
 def _masks_proc(target: str) -> bool:
@@ -73,12 +82,24 @@ def _masks_proc(target: str) -> bool:
 
 
 @cache
-def nesting_filter(syscalls: tuple[str, ...] = ()) -> bytes:
-    """Compile the zygote's filter: that of its forks and what it needs to confine them."""
-    return seccomp.export(Tier.FULL, syscalls, _nesting_rules())
+def nesting_filter(syscalls: tuple[str, ...] = (), *, asking: bool = False) -> bytes:
+    """Compile the zygote's filter: that of its forks and what it needs to confine them.
+
+    An errno of this filter would go before a question of a fork's, seccomp(2), so with ``asking``
+    it asks too. Nobody listens to it: what the zygote is refused is then always ENOSYS, and of two
+    filters that ask the kernel asks the newer one, the fork's.
+    INVARIANT: a fork's filter refuses seccomp(2), so nothing newer answers for that one.
+    """
+    program = seccomp.export(Tier.FULL, syscalls, _nesting_rules(asking=asking))
+    return seccomp.asking(program) if asking else program
 
 
-def _nesting_rules() -> Iterator[seccomp.Rule]:
+def listening_call() -> int:
+    """Return the number of seccomp(2), which alone loads a filter with a listener."""
+    return libseccomp.resolve_syscall(libseccomp.system_arch(), "seccomp")
+
+
+def _nesting_rules(*, asking: bool) -> Iterator[seccomp.Rule]:
     allow = libseccomp.ALLOW
     for flags in _UNSHARES:
         yield allow, "unshare", (_equal(0, flags),)
@@ -87,6 +108,9 @@ def _nesting_rules() -> Iterator[seccomp.Rule]:
         yield allow, name, ()
     for option in (_PRCTL_SECCOMP, _PRCTL_BOUNDING_SET):
         yield allow, "prctl", (_equal(0, option),)
+    if asking:
+        loading = (_equal(0, SECCOMP_SET_MODE_FILTER), _equal(1, SECCOMP_LISTEN))
+        yield allow, "seccomp", loading
 
 
 def _equal(position: int, value: int) -> libseccomp.Arg:

@@ -13,7 +13,7 @@ import msgspec
 from safeconduct.call import Limits, Profile, Tier
 from safeconduct.errors import SandboxUnavailable
 
-from . import bounds, python_call, python_confine, python_worker, seccomp
+from . import bounds, python_call, python_confine, python_nest, python_worker, seccomp
 from .interpreter import base_grants
 from .layout import inside, lay_out
 from .shield import Shield
@@ -35,6 +35,8 @@ class Place:
     profile: Profile
     workspace: str
     shield: Shield
+    # Count the system calls that are refused.
+    explain: bool = False
 
     @property
     def cwd(self) -> str:
@@ -115,6 +117,7 @@ def walls(place: Place, granted: Profile, *, in_cgroup: bool) -> dict[str, objec
         "kept": kept,
         "rlimits": [(bound["name"], bound["value"]) for bound in rlimits],
         "filter": base64.b64encode(
-            seccomp.compile_filter(Tier.FULL, place.profile.syscalls)
+            seccomp.compile_filter(Tier.FULL, place.profile.syscalls, explain=place.explain)
         ).decode(),
+        "listen": python_nest.listening_call() if place.explain else 0,
     }

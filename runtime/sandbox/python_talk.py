@@ -12,11 +12,11 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from safeconduct.call import Confinement, Json, Limits, Outcome, Usage
+from safeconduct.call import Confinement, Json, Limits, Outcome, Profile, Refused, Usage
 from safeconduct.errors import SandboxFailed, ToolFailed
 
 from . import bounds, cgroup, python_call, python_frames
@@ -61,6 +61,7 @@ class Heard:
     stderr: bytes
     cut: bool
     limit: str | None
+    refused: tuple[Refused, ...] = ()
 
     @property
     def crashed(self) -> bool:
@@ -100,6 +101,7 @@ class Heard:
             stderr=self.stderr,
             truncated=self.cut,
             limit=limit,
+            refused=self.refused,
             usage=usage,
             confinement=confinement,
         )
@@ -107,18 +109,23 @@ class Heard:
     def _value(self) -> Json:
         if self.answer is not None:
             if self.answer.failure is not None:
+                self.answer.failure.refused = self.refused
                 raise self.answer.failure
             return self.answer.value
         end = self.end
         how = f"by signal {end.signal}" if end.signal else f"with exit code {end.code}"
-        raise ToolFailed(f"The tool ended {how} before it answered.", code="python.died")
+        raise ToolFailed(
+            f"The tool ended {how} before it answered.", code="python.died", refused=self.refused
+        )
 
 
 class Talk:
     """One conversation with one waiting process. ``hold`` it once."""
 
-    def __init__(self, hand: Hand, limits: Limits, sink: Sink | None) -> None:
+    def __init__(self, hand: Hand, profile: Profile, sink: Sink | None) -> None:
+        limits = profile.limits
         self._hand = hand
+        self._name = profile.name
         self._sink = sink
         self._wall_seconds = limits.wall_ms / 1000
         self._left = limits.output_bytes
@@ -140,6 +147,16 @@ class Talk:
         Raises SandboxFailed where the process or its zygote broke, and SandboxUnavailable where
         it could not be confined or what its profile imports is missing.
         """
+        with ExitStack() as asked:
+            # Before it is waited for: a call that its filter asks about waits for the answer.
+            refusals = self._hand.refusals() if self._hand.refusals else None
+            if refusals is not None:
+                asked.enter_context(refusals.start())
+            heard = self._hold(frame)
+        # What was asked is answered now, and counted.
+        return replace(heard, refused=refusals.found(self._name)) if refusals else heard
+
+    def _hold(self, frame: bytes) -> Heard:
         self._await_ready()
         begun = time.monotonic()
         self._unsent = memoryview(len(frame).to_bytes(_HEADER_BYTES, "little") + frame)

@@ -44,7 +44,8 @@ FATE, CHANNEL, STDOUT, STDERR = range(4)
 # LIMIT: forks alive at once, waiting ones among them.
 FORKS_MAX = 256
 _DESCRIPTORS_MAX = 16
-END = b"end"
+# What is said on a fork's own socket: end it; here is the listener of its filter.
+END, LISTENER = b"end", b"listener"
 _CONFIGURATION_BYTES_MAX = 8 << 20
 
 
@@ -152,6 +153,7 @@ class Zygote:
             kept=setting["kept"],
             rlimits=[(name, value) for name, value in setting["rlimits"]],
             filter=base64.b64decode(setting["filter"]),
+            listen=setting["listen"],
             uid=os.geteuid(),
             gid=os.getegid(),
         )
@@ -192,7 +194,7 @@ class Zygote:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    self._become(given)
+                    self._become(given, fate)
             finally:
                 python_confine.enter(self._own, python_confine.CLONE_NEWPID)
             process = os.pidfd_open(pid)
@@ -208,10 +210,17 @@ class Zygote:
             for fd in given[CHANNEL:]:
                 os.close(fd)
 
-    def _become(self, given: list[int]) -> NoReturn:
+    def _become(self, given: list[int], fate: socket.socket) -> NoReturn:
         """In the fork: confine it, then let it wait for its call."""
         try:
-            self._walls.raise_(given[STDERR + 1 :])
+            # What is made next gets this number, which is below any limit on descriptors.
+            os.close(CONTROL)
+            listener = self._walls.raise_(given[STDERR + 1 :])
+            if listener is not None:
+                # INVARIANT: from here on nothing is asked for that the filter refuses, until
+                # somebody answers; and nothing of the call has come yet.
+                socket.send_fds(fate, [LISTENER], [listener])
+                os.close(listener)
             os.chdir(self._cwd)
             _reseed()
             gc.enable()

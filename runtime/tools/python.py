@@ -11,7 +11,7 @@ from .function import Function
 from .task import Task
 
 
-def run(task: Task, engine: PythonEngine, shields: Shields) -> Outcome:
+def run(task: Task, engine: PythonEngine, shields: Shields, *, explain: bool = False) -> Outcome:
     """Run ``code`` with ``input`` bound: ``value`` is ``{"result": …}``."""
     arguments = task.document.arguments
     _require_native(task)
@@ -24,10 +24,13 @@ def run(task: Task, engine: PythonEngine, shields: Shields) -> Outcome:
             workspace=task.document.workspace,
             shield=shield,
             sink=task.sink,
+            explain=explain,
         )
 
 
-def call(task: Task, function: Function, engine: PythonEngine, shields: Shields) -> Outcome:
+def call(
+    task: Task, function: Function, engine: PythonEngine, shields: Shields, *, explain: bool = False
+) -> Outcome:
     """Run a registered function on the judged arguments: ``value`` is what it returned.
 
     Raises Denied where the policy runs it in another profile than the function asks for.
@@ -51,12 +54,15 @@ def call(task: Task, function: Function, engine: PythonEngine, shields: Shields)
             workspace=task.document.workspace,
             shield=shield,
             sink=task.sink,
+            explain=explain,
         )
 
 
 def _require_native(task: Task) -> None:
-    if task.profile.workspace is WorkspaceMode.OVERLAY and task.profile.write:
-        # Calls of one profile share a zygote, and so would share its overlay.
+    mode = task.profile.workspace
+    if mode is WorkspaceMode.SESSION or (mode.overlaid and task.profile.write):
+        # Calls of one profile share a zygote, and so would share its overlay; and it would not show
+        # what earlier calls of a session changed.
         raise SandboxUnavailable(
             f"{task.document.tool} has no overlay, and {task.profile.name} asks for one.",
             missing="python-overlay",

@@ -146,16 +146,24 @@ class SandboxUnavailable(Error):
 
 
 class ToolFailed(Error):
-    """The Call was allowed and ran, and the tool itself reports an error."""
+    """The Call was allowed and ran, and the tool itself reports an error.
+
+    ``refused`` is what seccomp refused until then, where it was asked for.
+    """
 
     default_code = "tool.failed"
 
     def __init__(
-        self, message: str, *, code: str | None = None, errno: int = 0, hint: str = ""
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        errno: int = 0,
+        hint: str = "",
+        refused: tuple[Refused, ...] = (),
     ) -> None:
         super().__init__(message, code=code, hint=hint)
-        self.errno = errno
-        self.refused: tuple[Refused, ...] = ()
+        self.errno, self.refused = errno, refused
 
 
 class TraceInvalid(Error):

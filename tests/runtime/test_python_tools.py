@@ -224,8 +224,8 @@ def test_what_cannot_be_imported_is_said(python: Snippets) -> None:
 
 
 def test_packages_are_imported_from_where_safeconduct_is_installed(python: Snippets) -> None:
-    packages = replace(python.profile, imports=("idna",))
-    found = replace(python, profile=packages).result("import sys; 'idna' in sys.modules")
+    packages = replace(python.profile, imports=("msgspec",))
+    found = replace(python, profile=packages).result("import sys; 'msgspec' in sys.modules")
     assert found is True
 
 
@@ -353,11 +353,12 @@ def test_many_calls_leave_nothing_behind(python: Snippets) -> None:
     python.engine.settle()
     # A cgroup that is still being removed may hold a few.
     assert held()[0] <= before[0] + 40
-    # The zygote puts away what belonged to an ended fork after it has told of the end.
+    # The zygote puts away what belonged to an ended fork after it has told of the end; and the fork
+    # that was asked for last (two descriptors) may have been there before, or not yet.
     until = time.monotonic() + 10
-    while held()[1] != before[1] and time.monotonic() < until:
+    while held()[1] > before[1] + 2 and time.monotonic() < until:
         time.sleep(0.01)
-    assert held()[1] == before[1]
+    assert held()[1] <= before[1] + 2
 
 
 POLICY = """\
