@@ -16,7 +16,7 @@ from safeconduct.runtime.sandbox.executable import launcher_path
 
 from .options import JsonOption
 from .places import refuse_inside_sandbox
-from .setup_apply import perform, take_back
+from .setup_apply import Change, perform, take_back
 from .setup_steps import State, Step, steps
 from .source import UsageError
 from .terminal import print_json, print_line, tell
@@ -46,11 +46,8 @@ def setup(
         raise Error("This needs root.", code="setup.root", hint=f"run it as: {_sudo(undo)}")
     found = steps(root, Path(os.path.realpath(launcher_path())))
     changed: list[str] = []
-    if apply:
-        changed = [line for step in found for line in perform(step, root, real=real)]
-    elif undo:
-        changed = [line for step in found for line in take_back(step, root, real=real)]
     if apply or undo:
+        changed = _change(found, perform if apply else take_back, root, real=real)
         found = steps(root, Path(os.path.realpath(launcher_path())))
     if as_json:
         shown = [_json(step) for step in found]
@@ -61,6 +58,19 @@ def setup(
     else:
         _show(found)
     return Exit.OK
+
+
+def _change(found: Sequence[Step], change: Change, root: Path, *, real: bool) -> list[str]:
+    """Change all steps and say how. Where one fails, what was changed before it is told."""
+    changed: list[str] = []
+    try:
+        for step in found:
+            changed += change(step, root, real=real)
+    except BaseException:
+        for line in changed:
+            tell(f"done before that: {line}")
+        raise
+    return changed
 
 
 def _sudo(undo: bool) -> str:

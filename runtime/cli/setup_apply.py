@@ -9,10 +9,20 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from safeconduct.errors import Error
 
 from .setup_steps import State, Step, is_ours
+
+
+class Change(Protocol):
+    """Changes one step of a machine and says each thing that it changed."""
+
+    def __call__(self, step: Step, root: Path, *, real: bool) -> list[str]:
+        """Do it below ``root``; run commands only where that is the ``real`` machine."""
+        ...
+
 
 # LIMIT: seconds for one command.
 _SECONDS = 60
@@ -23,7 +33,7 @@ _SEARCH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 def perform(step: Step, root: Path, *, real: bool) -> list[str]:
     """Do a step that is needed; say each thing that was changed.
 
-    Where one of its commands fails, the file is put back as it was and the Error says why.
+    Where one of its commands fails, or is interrupted, the file is put back as it was.
     """
     if step.state is not State.NEEDED:
         return []
@@ -38,7 +48,8 @@ def perform(step: Step, root: Path, *, real: bool) -> list[str]:
     _write(path, step.text)
     try:
         return [f"wrote {path}", *_run(step.apply, real=real)]
-    except Error:
+    except BaseException:
+        # A file without its command would pass for done.
         if before is None:
             _remove(path)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +21,12 @@ from safeconduct.runtime.sandbox.facts import read_knobs
 MARK = "# Written by `safeconduct setup`; `safeconduct setup --undo` removes it.\n"
 _BEFORE = "# before: "
 # Common distributions allow tens of thousands; each sandbox needs one.
-_NAMESPACES = 15_000
+_WANTED = {"user.max_user_namespaces": "15000", "kernel.unprivileged_userns_clone": "1"}
+# Read after Debian's 99-sysctl.conf, which is /etc/sysctl.conf; the last one counts, sysctl.d(5).
+_SYSCTL = "/etc/sysctl.d/99-zz-safeconduct.conf"
+_SYSCTL_FOLDERS = ("/etc/sysctl.d", "/run/sysctl.d", "/usr/local/lib/sysctl.d", "/usr/lib/sysctl.d")
+# LIMIT: characters read of a file of settings.
+_READ_MAX = 1 << 20
 _APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"
 # A path that AppArmor would read as a pattern, apparmor.d(5), is refused, not escaped.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._+/ -]+", re.ASCII)
@@ -75,42 +80,74 @@ def _below(root: Path, file: str) -> Path:
 
 
 def _namespaces(root: Path, knobs: dict[str, str]) -> Step:
-    name, file = "user namespaces", "/etc/sysctl.d/99-safeconduct.conf"
-    wanted = {
-        knob: value
-        for knob, value in (
-            ("user.max_user_namespaces", str(_NAMESPACES)),
-            ("kernel.unprivileged_userns_clone", "1"),
-        )
-        if knobs.get(knob) == "0"
-    }
-    if is_ours(root, file):
-        text = _below(root, file).read_text()
-        undo = [
-            ("sysctl", "-w", line.removeprefix(_BEFORE))
-            for line in text.splitlines()
-            if line.startswith(_BEFORE)
-        ]
-        if not wanted:
-            why = "a setting of ours allows them"
-            return Step(name=name, state=State.DONE, why=why, file=file, text=text, undo=undo)
-    if not wanted:
+    name = "user namespaces"
+    refused = [knob for knob in _WANTED if knobs.get(knob) == "0"]
+    noted = _noted(root)
+    # What a file of ours holds already stays in it, with what was there before it.
+    before = {**{knob: knobs[knob] for knob in refused}, **noted}
+    undo = [("sysctl", "-w", f"{knob}={value}") for knob, value in before.items()]
+    again = _forbidden_later(root, before)
+    if not refused and not is_ours(root, _SYSCTL):
         return Step(name=name, state=State.NOT_NEEDED, why="no setting forbids them to everybody")
-    why = ", ".join(f"{knob} = {knobs[knob]}" for knob in wanted)
+    if not refused:
+        why = "; ".join(["a setting of ours allows them", *again])
+        text = _below(root, _SYSCTL).read_text()
+        return Step(name=name, state=State.DONE, why=why, file=_SYSCTL, text=text, undo=undo)
+    why = ", ".join(f"{knob} = {knobs[knob]}" for knob in refused)
     if not _first_namespace(root):
         why += ": inside a user namespace; only the machine around can change it"
         return Step(name=name, state=State.IMPOSSIBLE, why=why)
-    lines = [f"{_BEFORE}{knob}={knobs[knob]}" for knob in wanted]
-    lines += [f"{knob} = {value}" for knob, value in wanted.items()]
+    lines = [f"{_BEFORE}{knob}={value}" for knob, value in before.items()]
+    lines += [f"{knob} = {_WANTED[knob]}" for knob in before]
     return Step(
         name=name,
         state=State.NEEDED,
         why=why,
-        file=file,
+        file=_SYSCTL,
         text=MARK + "\n".join(lines) + "\n",
-        apply=[("sysctl", "-p", file)],
-        warning="every program of every user may then make user namespaces",
+        apply=[("sysctl", "-p", _SYSCTL)],
+        undo=undo,
+        warning="; ".join(["every program of every user may then make user namespaces", *again]),
     )
+
+
+def _noted(root: Path) -> dict[str, str]:
+    """Return what a file of ours says was set before it, by name."""
+    if not is_ours(root, _SYSCTL):
+        return {}
+    lines = _below(root, _SYSCTL).read_text().splitlines()
+    said = (line.removeprefix(_BEFORE) for line in lines if line.startswith(_BEFORE))
+    pairs = (pair.partition("=") for pair in said)
+    return {knob: value for knob, _, value in pairs if knob in _WANTED}
+
+
+def _forbidden_later(root: Path, knobs: Iterable[str]) -> list[str]:
+    """Say which files are read after ours when the machine starts, and forbid again.
+
+    systemd reads /etc/sysctl.conf only by a link in its place in the order, sysctl.d(5); other
+    systems read it last, sysctl(8).
+    """
+    found: list[Path] = []
+    if not (root / "run/systemd/system").is_dir():
+        found.append(_below(root, "/etc/sysctl.conf"))
+    for folder in _SYSCTL_FOLDERS:
+        found += sorted(_below(root, folder).glob("*.conf"))
+    names = "|".join(re.escape(knob).replace(r"\.", "[./]") for knob in knobs)
+    forbids = re.compile(rf"^\s*-?\s*(?:{names})\s*=\s*0\s*$", re.MULTILINE)
+    said: list[str] = []
+    for path in found:
+        last = path.name == "sysctl.conf" or path.name > os.path.basename(_SYSCTL)
+        if names and last and forbids.search(_start_of(path)):
+            said.append(f"{path} forbids them again at the next start: take it out there")
+    return said
+
+
+def _start_of(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(_READ_MAX)
+    except OSError:
+        return ""
 
 
 def _first_namespace(root: Path) -> bool:
@@ -123,7 +160,9 @@ def _first_namespace(root: Path) -> bool:
 
 def _apparmor(root: Path, knobs: dict[str, str], launcher: Path) -> Step:
     name, file = "AppArmor profile", "/etc/apparmor.d/safeconduct-launcher"
-    undo = [("apparmor_parser", "-R", file)]
+    loaded = _loaded(root)
+    # Taking out what is not loaded fails, and would keep the file from being removed.
+    undo = [("apparmor_parser", "-R", file)] if loaded else []
     if knobs.get(_APPARMOR) != "1":
         if is_ours(root, file):
             why = f"{_APPARMOR} is not 1 any more; --undo removes it"
@@ -131,10 +170,10 @@ def _apparmor(root: Path, knobs: dict[str, str], launcher: Path) -> Step:
         why = f"{_APPARMOR} is not 1 here"
         return Step(name=name, state=State.NOT_NEEDED, why=why)
     text = _profile(launcher)
-    done = is_ours(root, file) and _below(root, file).read_text() == text
+    written = is_ours(root, file) and _below(root, file).read_text() == text
     return Step(
         name=name,
-        state=State.DONE if done else State.NEEDED,
+        state=State.DONE if written and loaded is not False else State.NEEDED,
         why=f"{_APPARMOR} = 1: only programs with a profile may use user namespaces",
         file=file,
         text=text,
@@ -142,6 +181,15 @@ def _apparmor(root: Path, knobs: dict[str, str], launcher: Path) -> Step:
         undo=undo,
         warning=_replaceable(launcher),
     )
+
+
+def _loaded(root: Path) -> bool | None:
+    """Tell whether the kernel has our profile; None where only root is told, or AppArmor is off."""
+    try:
+        text = (root / "sys/kernel/security/apparmor/profiles").read_text()
+    except OSError:
+        return None
+    return any(line.startswith("safeconduct-launcher ") for line in text.splitlines())
 
 
 def _profile(launcher: Path) -> str:

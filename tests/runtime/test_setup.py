@@ -52,7 +52,8 @@ class Scratch:
 
     def run(self, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "safeconduct", "setup", "--root", str(self.root), *options]
-        environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **variables}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        environment = {**kept, "LANG": "C.UTF-8", **variables}
         return subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=60)
 
     def json(self, *options: str) -> Any:  # noqa: ANN401 - a parse boundary
@@ -91,7 +92,11 @@ def test_without_apply_it_shows_everything_and_changes_nothing(scratch: Scratch)
     scratch.knob("user.max_user_namespaces", "0")
     shown = scratch.run()
     assert shown.returncode == Exit.OK
-    for text in ("/etc/sysctl.d/99-safeconduct.conf", "sysctl -p", "user.max_user_namespaces = "):
+    for text in (
+        "/etc/sysctl.d/99-zz-safeconduct.conf",
+        "sysctl -p",
+        "user.max_user_namespaces = ",
+    ):
         assert text in shown.stdout
     assert "setup --apply" in shown.stderr
     assert scratch.files() == {}
@@ -189,7 +194,7 @@ def test_a_refused_knob_is_set_and_put_back_as_it_was(scratch: Scratch) -> None:
     for knob in ("user.max_user_namespaces", "kernel.unprivileged_userns_clone"):
         scratch.knob(knob, "0")
     assert any("would run sysctl -p" in line for line in scratch.json("--apply")["changed"])
-    text = scratch.files()["etc/sysctl.d/99-safeconduct.conf"]
+    text = scratch.files()["etc/sysctl.d/99-zz-safeconduct.conf"]
     assert "kernel.unprivileged_userns_clone = 1\n" in text
     for knob in ("user.max_user_namespaces", "kernel.unprivileged_userns_clone"):
         scratch.knob(knob, "1")  # what the command would have done
@@ -201,6 +206,53 @@ def test_a_refused_knob_is_set_and_put_back_as_it_was(scratch: Scratch) -> None:
     assert scratch.json("--undo")["changed"] == []
 
 
+def test_what_is_set_already_stays_set(scratch: Scratch) -> None:
+    knobs = ("user.max_user_namespaces", "kernel.unprivileged_userns_clone")
+    for knob in knobs:
+        scratch.knob(knob, "0")
+    scratch.json("--apply")
+    scratch.knob(knobs[0], "15000")  # and the other one was changed back by somebody
+    scratch.json("--apply")
+    text = scratch.files()["etc/sysctl.d/99-zz-safeconduct.conf"]
+    assert all(f"{knob} = " in text for knob in knobs)
+    undone = scratch.json("--undo")["changed"]
+    assert [f"would run sysctl -w {knob}=0" for knob in knobs] == sorted(undone[1:], reverse=True)
+
+
+def test_what_forbids_it_again_at_the_next_start_is_told(scratch: Scratch) -> None:
+    scratch.knob("user.max_user_namespaces", "0")
+    line = "-user/max_user_namespaces=0\n"
+    earlier = scratch.write("/etc/sysctl.d/99-sysctl.conf", line)
+    later = scratch.write("/usr/lib/sysctl.d/99-zzz.conf", f"# hardened\n{line}")
+    other = scratch.write("/etc/sysctl.d/99-zzz.conf", "user.max_user_namespaces = 10\n")
+    classic = scratch.write("/etc/sysctl.conf", line)
+
+    def told() -> str:
+        return scratch.steps()["user namespaces"].warning
+
+    assert f"{later} forbids them again" in told()
+    assert not any(f"{path} forbids" in told() for path in (earlier, other, classic))
+    shutil.rmtree(scratch.root / "run/systemd")
+    assert f"{classic} forbids them again" in told()
+    scratch.json("--apply")
+    scratch.knob("user.max_user_namespaces", "15000")
+    step = scratch.steps()["user namespaces"]
+    assert (step.state, f"{later} forbids" in step.why) == (State.DONE, True)
+
+
+def test_an_interrupt_does_not_leave_a_file_that_passes_for_done(
+    scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    step = Step(name="x", state=State.NEEDED, why="", file="/etc/x", text=MARK, apply=[("true",)])
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        perform(step, scratch.root, real=True)
+    assert scratch.files() == {}
+
+
 def test_inside_a_user_namespace_a_knob_is_not_ours_to_set(scratch: Scratch) -> None:
     scratch.knob("user.max_user_namespaces", "0")
     scratch.write("/proc/self/uid_map", "0 1000 1\n")
@@ -210,7 +262,7 @@ def test_inside_a_user_namespace_a_knob_is_not_ours_to_set(scratch: Scratch) -> 
 
 def test_a_file_of_somebody_else_is_never_touched(scratch: Scratch) -> None:
     scratch.knob("user.max_user_namespaces", "0")
-    file = scratch.write("/etc/sysctl.d/99-safeconduct.conf", "kernel.sysrq = 0\n")
+    file = scratch.write("/etc/sysctl.d/99-zz-safeconduct.conf", "kernel.sysrq = 0\n")
     refused = scratch.run("--apply")
     assert (refused.returncode, "[setup.foreign_file]" in refused.stderr) == (Exit.FAILURE, True)
     assert scratch.json("--undo")["changed"] == []
@@ -220,7 +272,7 @@ def test_a_file_of_somebody_else_is_never_touched(scratch: Scratch) -> None:
 def test_a_link_in_the_way_is_not_followed(scratch: Scratch) -> None:
     scratch.knob("user.max_user_namespaces", "0")
     victim = scratch.write("/elsewhere", MARK + "mine\n")
-    link = scratch.write("/etc/sysctl.d/99-safeconduct.conf", "")
+    link = scratch.write("/etc/sysctl.d/99-zz-safeconduct.conf", "")
     link.unlink()
     link.symlink_to(victim)
     assert scratch.run("--apply").returncode == Exit.FAILURE
