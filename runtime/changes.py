@@ -7,25 +7,45 @@ docs/workspace.md says what a commit promises.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
-from safeconduct.call import Json
+from safeconduct.call import Json, KeptChanges
 from safeconduct.errors import Error, SandboxFailed
 
 from .places import Places
-from .sandbox.overlay import CommitReport, Recovered, Recovery, commit, recover, shelf
+from .sandbox.overlay import (
+    CommitReport,
+    Pending,
+    Recovered,
+    Recovery,
+    Session,
+    commit,
+    recover,
+    shelf,
+)
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-Recording = Callable[[str, dict[str, Json]], AbstractContextManager[Callable[[Json], None]]]
+
+class Tell(Protocol):
+    """Records what came of a deed on a workspace."""
+
+    def __call__(self, value: Json, changes: Sequence[KeptChanges] = ()) -> None:
+        """Record a value, and the sets that were kept."""
+        ...
 
 
-def _unrecorded(
-    verb: str, arguments: dict[str, Json]
-) -> AbstractContextManager[Callable[[Json], None]]:
-    return nullcontext(lambda value: None)
+Recording = Callable[[str, dict[str, Json]], AbstractContextManager[Tell]]
+
+
+def _unrecorded(verb: str, arguments: dict[str, Json]) -> AbstractContextManager[Tell]:
+    def tell(value: Json, changes: Sequence[KeptChanges] = ()) -> None:
+        pass
+
+    return nullcontext(tell)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +53,12 @@ class KeptSets:
     """The sets of one user. Must not be used inside a sandbox; there they are absent.
 
     ``recording`` records what is done to a workspace, before it is done and what came of it.
+    ``overlay`` is the one that the calls of a session share, where there is a session.
     """
 
     places: Places
     recording: Recording = _unrecorded
+    overlay: Session | None = None
 
     def names(self) -> list[str]:
         """Return the names of all sets, newest first."""
@@ -86,6 +108,33 @@ class KeptSets:
             shelf.drop(self.places.changes, name)
             tell(None)
         return found
+
+    def session(self) -> tuple[Pending, ...]:
+        """Say what the session changed so far in each workspace, kept nowhere yet.
+
+        Raises SandboxFailed (`workspace.session_in_use`) while a call of it runs.
+        """
+        return self.overlay.changes() if self.overlay is not None else ()
+
+    def keep_session(self) -> tuple[KeptChanges, ...]:
+        """Keep what the session changed so far as one set for each workspace.
+
+        The next call begins a new overlay, with what the workspace is then. Raises LimitExceeded or
+        SandboxFailed; then nothing is kept and the session's overlay stays.
+        """
+        if self.overlay is None or not self.overlay.begun:
+            return ()
+        with self.recording("workspace.keep", {}) as tell:
+            kept = self.overlay.keep()
+            tell(None, kept)
+        return kept
+
+    def rollback_session(self) -> None:
+        """Forget what the session changed so far; the next call begins a new overlay."""
+        if self.overlay is not None and self.overlay.begun:
+            with self.recording("workspace.rollback", {"session": True}) as tell:
+                self.overlay.drop()
+                tell(None)
 
     def recover(self, workspace: str) -> Recovery:
         """End a commit to a workspace that a crash broke off; a living one is left alone.

@@ -92,22 +92,23 @@ class Desk:
         return kept
 
 
-def policy_of(folder: Path, limits: str) -> str:
+def policy_of(folder: Path, limits: str, policy: str = POLICY) -> str:
     """Return the policy with the folders of one desk."""
-    text = POLICY.replace("OTHER", str(folder / "other")).replace("APART", str(folder / "apart"))
+    text = policy.replace("OTHER", str(folder / "other")).replace("APART", str(folder / "apart"))
     return text.replace("LIMITS", limits)
 
 
 @contextmanager
-def seated(monkeypatch: pytest.MonkeyPatch, limits: str = "{wall: 20s}") -> Generator[Desk]:
+def seated(
+    monkeypatch: pytest.MonkeyPatch, limits: str = "{wall: 20s}", policy: str = POLICY
+) -> Generator[Desk]:
     """Make a workspace and start a runtime over it; skip where there are no overlays."""
     folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="calls-", dir="/var/tmp")))
     folder.chmod(0o755)
     for name in ("workspace", "other", "apart", "state"):
         (folder / name).mkdir()
     fill(folder / "workspace", FILES)
-    policy = folder / "policy.yaml"
-    policy.write_text(policy_of(folder, limits))
+    (folder / "policy.yaml").write_text(policy_of(folder, limits, policy))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         entries: list[Entry] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,8 @@ def execute(
         tell_error(error)
         written.write(error_json(error, error_code(error)))
         return error_code(error)
+    # What a session's overlay held is kept when the session ends.
+    result = replace(result, changes=(*result.changes, *runtime.kept))
     tell_refused(result)
     tell_changes(result.changes)
     code = exit_code(result)

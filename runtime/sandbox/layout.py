@@ -108,7 +108,7 @@ def lay_out(profile: Profile, tier: Tier, *, cwd: str, shield: Shield, mapped: b
     granted = [*profile.read, *profile.write]
     if "/" in granted:
         raise SandboxFailed("A profile cannot grant the whole file system.", step="layout")
-    overlaid = profile.workspace is WorkspaceMode.OVERLAY
+    overlaid = profile.workspace.overlaid
     if tier is Tier.LANDLOCK:
         if overlaid:
             raise SandboxUnavailable(
@@ -138,7 +138,7 @@ def lay_out_base(profile: Profile) -> Layout:
 
 def lay_out_grants(profile: Profile, *, cwd: str, shield: Shield, mapped: bool) -> Layout:
     """Plan what the profile adds to that, in tier full; it can be attached late."""
-    if profile.workspace is WorkspaceMode.OVERLAY:
+    if profile.workspace.overlaid:
         # A layer of its own takes every change: what may not be renamed away is so only there.
         shield = replace(shield, anchors=())
     mounts = [*_profile_mounts(profile, mapped), *_shield_mounts(shield, mapped)]
@@ -217,11 +217,12 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
         if not os.path.lexists(path):
             raise SandboxFailed(f"The profile grants {path}, which does not exist.", step="layout")
         shown[path] = write
-        if write and profile.workspace is WorkspaceMode.OVERLAY:
+        if write and profile.workspace.overlaid:
             limits = profile.limits
             yield {
                 "kind": "overlay", "source": path, "target": path, "bytes": limits.disk_bytes,
                 "inodes": limits.inodes, "mapped": mapped,
+                "session": profile.workspace is WorkspaceMode.SESSION,
             }  # fmt: skip
             continue
         # One that lies in another is gone as soon as somebody replaces its folder outside.
@@ -230,7 +231,7 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
 
 def overlaid(profile: Profile) -> list[str]:
     """Return the folders that a sandbox of this profile writes through overlays, in their order."""
-    if profile.workspace is not WorkspaceMode.OVERLAY:
+    if not profile.workspace.overlaid:
         return []
     mounts = _profile_mounts(profile, mapped=False)
     return [str(mount["source"]) for mount in mounts if mount["kind"] == "overlay"]

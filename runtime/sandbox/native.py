@@ -295,8 +295,9 @@ class NativeSandbox:
 
     def _layers(self, setting: Setting) -> Layers | None:
         """Open what the call will see through overlays; None for nothing."""
-        roots = overlaid(setting.profile)
-        if not roots:
+        profile = setting.profile
+        roots = overlaid(profile)
+        if not roots and profile.workspace is not WorkspaceMode.SESSION:
             return None
         if self._keeper is None:
             raise SandboxUnavailable(
@@ -306,9 +307,10 @@ class NativeSandbox:
             )
         shield = setting.shield
         return self._keeper.begin(
+            profile,
             roots,
             shielded=(*shield.protected, *shield.hidden),
-            disk_bytes=setting.profile.limits.disk_bytes,
+            lasting=setting.ahead is not None,
         )
 
     def program(self, profile: Profile, *, explain: bool = False) -> bytes:

@@ -104,7 +104,7 @@ class Setting:
 
         INVARIANT: an overlay is mounted after its snapshot was taken, so not before its call.
         """
-        return 0 if self.profile.workspace is WorkspaceMode.OVERLAY else self.ahead
+        return 0 if self.profile.workspace.overlaid else self.ahead
 
     def can_be_late(self, tier: Tier) -> bool:
         """Tell whether the profile's folders can be attached when the call comes."""

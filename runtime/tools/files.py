@@ -24,6 +24,7 @@ _ENTRIES_MAX = 10_000
 
 def read(task: Task) -> Outcome:
     """Read a regular file: ``stdout`` holds its bytes, ``value`` its text if it is UTF-8."""
+    _refuse_session(task)
     started = time.monotonic()
     limit = task.profile.limits.output_bytes
     data = read_bytes(task.objects["path"], limit + 1)
@@ -49,6 +50,7 @@ def list_folder(task: Task) -> Outcome:
     argument may hold them. ``truncated`` says that names were left out, for this or for the limit;
     what the profile hides does not count, it is not there.
     """
+    _refuse_session(task)
     started = time.monotonic()
     item = task.objects["path"]
     if item.fd is None:
@@ -73,7 +75,7 @@ def _listed(entry: os.DirEntry[str]) -> str:
 
 def write(task: Task) -> Outcome:
     """Replace the content of a file, or create it; ``value`` is the number of bytes written."""
-    if task.profile.workspace is WorkspaceMode.OVERLAY:
+    if task.profile.workspace.overlaid:
         # We write on the very object that was judged, and that one lies in the workspace itself.
         raise SandboxUnavailable(
             f"fs.write has no overlay, and {task.profile.name} asks for one.",
@@ -92,6 +94,17 @@ def write(task: Task) -> Outcome:
         except OSError as error:
             raise _failed(item, error) from error
     return Outcome(call=task.call, value=len(content), usage=_usage(started))
+
+
+def _refuse_session(task: Task) -> None:
+    """Refuse to show the workspace where the profile promises what the session made of it."""
+    if task.profile.workspace is WorkspaceMode.SESSION:
+        tool = task.document.tool
+        raise SandboxUnavailable(
+            f"{tool} does not see the session's overlay, and {task.profile.name} asks for it.",
+            missing=f"overlay:{tool}",
+            hint="Name a profile with workspace: direct in the rule, or read with shell.run.",
+        )
 
 
 @contextmanager

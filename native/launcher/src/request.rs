@@ -139,6 +139,9 @@ pub enum Mount {
         inodes: u64,
         #[serde(default)]
         mapped: bool,
+        /// The layer outlives this sandbox: the supervisor hands it from one to the next.
+        #[serde(default)]
+        session: bool,
     },
     /// Private to each sandbox.
     Tmpfs {

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, ResolveFlags, StatxAttributes, StatxFlags, CWD};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
-use crate::report::{self, Failure, Message, Step};
+use crate::report::{Failure, Step};
 use crate::request::{Mount, Plan};
 use crate::site::{clone_tree, inside, open_path, prepare, top, Site};
 use crate::{account, identity, overlay, sys};
@@ -95,8 +95,8 @@ impl Root {
                     site.attach(mount, Some(tree))?;
                 }
                 Mount::Overlay { .. } => {
-                    let layer = overlay::attach(&site, number, mount, mapping, self.as_root)?;
-                    report::send_with(channel, &Message::Layer, &[layer.as_fd()]);
+                    let own = overlay::Own { mapping, owner: plan.identity.owner, channel };
+                    overlay::attach(&site, number, mount, &own, self.as_root)?;
                 }
                 _ => site.attach(mount, None)?,
             }

@@ -11,10 +11,12 @@ from __future__ import annotations
 from . import shelf
 from .changes import Bounds, Change, Changes, Conflict, Kind, Node
 from .commit import CommitReport, commit
-from .keeping import Keeper, Layers
+from .keeping import Keeper
+from .mounting import Layers
 from .names import protects
 from .recovery import Recovered, Recovery, recover
 from .seen import Identity, Marks, Snapshot
+from .session import Pending, Session
 from .text import unified
 from .walk import diff
 
@@ -30,8 +32,10 @@ __all__ = [
     "Layers",
     "Marks",
     "Node",
+    "Pending",
     "Recovered",
     "Recovery",
+    "Session",
     "Snapshot",
     "commit",
     "diff",

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import os
+import select
 import struct
 import time
 from collections.abc import Generator
@@ -27,6 +28,7 @@ _RACES_MAX: Final = 16
 _HANDLE_BYTES: Final = 128
 _TFD_TIMER_ABSTIME, _TFD_TIMER_CANCEL_ON_SET = 1, 2
 _CLOCK_REALTIME: Final = 0
+_IN_DELETE_SELF: Final = 0x400
 
 FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file a moment ago may be a FIFO by now, and must not stop us.
@@ -183,6 +185,39 @@ class ClockWatch:
 
     def close(self) -> None:
         """Close the timer. May be called again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class UnmountWatch:
+    """Tells when a file system is gone: no mount of it, no open file, so nobody who could write."""
+
+    def __init__(self, folder: int) -> None:
+        """Watch what ``folder`` lies on; it may be closed afterwards. Raises OSError."""
+        # SAFETY: integers only; the result is looked at.
+        self._fd = _libc().inotify_init1(ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+        path = os.fsencode(f"/proc/self/fd/{folder}")
+        # The root of a mount is never deleted; IN_UNMOUNT comes unasked for, inotify(7).
+        # SAFETY: the path is NUL-terminated; the result is looked at.
+        found = _libc().inotify_add_watch(
+            ctypes.c_int(self._fd), ctypes.c_char_p(path), ctypes.c_uint32(_IN_DELETE_SELF)
+        )
+        if found < 0:
+            code = ctypes.get_errno()
+            self.close()
+            raise OSError(code, "inotify_add_watch")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is gone; False where it still is not."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def close(self) -> None:
+        """Watch no more. May be called again."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
