@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from safeconduct.call import Limits, Outcome, Profile
+from safeconduct.call import Limits, Outcome, Profile, Tier
 from safeconduct.errors import SandboxFailed, ToolFailed
 from safeconduct.runtime.sandbox.cgroup import Cgroups
 from safeconduct.runtime.sandbox.shield import Shield
@@ -210,6 +210,15 @@ def test_a_grant_that_does_not_exist_is_refused(box: Box) -> None:
     profile = Profile(name="test", read=(str(box.workspace), "/nonexistent/folder"))
     with pytest.raises(SandboxFailed):
         box.run("true", profile=profile)
+
+
+def test_no_disk_at_all_is_not_a_disk_without_end(box: Box) -> None:
+    """tmpfs(5) takes a size of 0 for no limit, and tells no size then."""
+    if box.sandbox.tier is Tier.LANDLOCK:
+        pytest.skip("tier landlock has no tmpfs of its own")
+    code = "import os; print(*(os.statvfs(name).f_blocks for name in ('/tmp', '/dev/shm')))"
+    told = box.run("python3", "-S", "-c", code, limits=Limits(disk_bytes=0))
+    assert told.stdout == b"1 1\n"
 
 
 def test_one_file_can_be_granted(box: Box, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -26,7 +26,7 @@ const PLAN: &str = r#"{"version":2,"layers":["landlock","seccomp","capabilities"
 {"kind":"mask","target":"/proc/cpuinfo","empty":true},{"kind":"folder","target":"/work"},
 {"kind":"link","target":"/bin","to":"usr/bin"},{"kind":"file","target":"/etc/hosts","text":"x\n"},
 {"kind":"bind","source":"/usr","target":"/usr","mapped":true,"held":true},
-{"kind":"overlay","source":"/w","target":"/w","bytes":1,"inodes":1,"mapped":true}],
+{"kind":"overlay","source":"/w","target":"/w","bytes":1,"inodes":1,"mapped":true,"session":true}],
 "landlock":[{"path":"/usr","access":"read"},{"path":"/tmp","access":"write"}],
 "rlimits":[{"name":"nofile","value":1024},{"name":"core","value":0}],
 "cgroups":[{"base":"/cg","settings":[["memory.max","1",true]],"accounts":["memory.peak"]}],

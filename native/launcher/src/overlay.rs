@@ -158,7 +158,7 @@ fn resize(tree: &OwnedFd, (bytes, inodes): (u64, u64)) -> Result<(), Failure> {
     let flags = FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC;
     let context = rustix::mount::fspick(tree.as_fd(), "", flags).step("pick layer")?;
     for (key, value) in [("size", bytes), ("nr_inodes", inodes)] {
-        rustix::mount::fsconfig_set_string(context.as_fd(), key, value.to_string().as_str())
+        rustix::mount::fsconfig_set_string(context.as_fd(), key, value.max(1).to_string().as_str())
             .step_on("configure", key)?;
     }
     rustix::mount::fsconfig_reconfigure(context.as_fd()).step("resize layer")

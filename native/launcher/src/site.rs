@@ -339,9 +339,10 @@ fn move_onto(tree: &OwnedFd, place: &OwnedFd) -> Result<(), Errno> {
 
 /// A new private tmpfs.
 pub fn scratch(bytes: u64, inodes: u64, mode: u32) -> Result<OwnedFd, Failure> {
+    // tmpfs(5): 0 would mean no limit at all.
     let options = [
-        ("size", bytes.to_string()),
-        ("nr_inodes", inodes.to_string()),
+        ("size", bytes.max(1).to_string()),
+        ("nr_inodes", inodes.max(1).to_string()),
         ("mode", format!("{mode:o}")),
     ];
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
