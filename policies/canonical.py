@@ -16,10 +16,13 @@ from safeconduct.call import Call, Document, Json
 from safeconduct.errors import Denied
 
 from .arguments import MAX_INTEGER, copy_json
+from .commands import parts_of
+from .hosts import canonical_email, canonical_host
 from .paths import PathResolver, Resolved, check_holds, show
 from .resources import canonical_resources
 from .rules import Judged
-from .signatures import WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
+from .shell_paths import resolve_text, take_text
+from .signatures import BUILT_IN, WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
 from .urls import UrlRefused, canonical_url
 
 MAX_TOOL_CHARACTERS: Final = 128
@@ -45,6 +48,17 @@ class Canonical:
         self.document = document
         self.descriptors = descriptors
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The paths that the Call itself writes, rather than a program that it runs."""
+        calls = (self.document, *(part.document for part in parts_of(self.document)))
+        signatures = [(one, BUILT_IN.get(one.tool)) for one in calls]
+        return tuple(
+            str(one.arguments[name])
+            for one, signature in signatures
+            for name in (signature.writes if signature else ())
+        )
+
     def __enter__(self) -> Canonical:
         return self
 
@@ -65,7 +79,9 @@ def canonicalize(policy: Judged, call: Call) -> Canonical:
     is refused as ``path.refused``.
     """
     signature = _signature(policy, call.tool)
-    given = _plain_arguments(signature, call)
+    in_text = signature.as_text is not None and "command" in call.arguments
+    given = _plain_arguments(signature.as_text or signature if in_text else signature, call)
+    text = take_text(given) if in_text else None
     descriptors: dict[str, Resolved] = {}
     values: dict[str, Json] = {}
     resolver: PathResolver | None = None
@@ -79,6 +95,10 @@ def canonicalize(policy: Judged, call: Call) -> Canonical:
                 values[name] = _path(resolver, name, argument, value, descriptors)
             else:
                 values[name] = _value(name, argument, value, many=not signature.closed)
+        if text is not None:
+            resolver = resolver or PathResolver(policy.workspace)
+            folder = str(values.get("cwd", policy.workspace))
+            values |= resolve_text(text, resolver, folder, descriptors)
     except OSError as error:
         _close(descriptors)
         raise Denied("the kernel refuses to resolve a path", code="path.refused") from error
@@ -149,6 +169,10 @@ def _value(name: str, argument: Argument, value: Json, *, many: bool) -> Json:
     match argument.kind:
         case Kind.URL | Kind.TOOL_URL:
             return _each(name, value, _url, many=many)
+        case Kind.HOST:
+            return _each(name, value, _host, many=many)
+        case Kind.EMAIL:
+            return _each(name, value, _email, many=many)
         case Kind.TEXT:
             return _each(name, value, _text, many=many)
         case Kind.NUMBER:
@@ -193,8 +217,20 @@ def _path(
 
 
 def _url(name: str, value: Json) -> str:
+    return _spelled(name, value, canonical_url)
+
+
+def _host(name: str, value: Json) -> str:
+    return _spelled(name, value, canonical_host)
+
+
+def _email(name: str, value: Json) -> str:
+    return _spelled(name, value, canonical_email)
+
+
+def _spelled(name: str, value: Json, spell: Callable[[str], str]) -> str:
     try:
-        return canonical_url(_text(name, value))
+        return spell(_text(name, value))
     except UrlRefused as error:
         raise Denied(f"{name}: {error}", code=error.code) from error
 

@@ -29,6 +29,8 @@ class Kind(StrEnum):
     TOOL_PATH = "tool_path"  # a path that the tool opens itself, in its sandbox
     URL = "url"
     TOOL_URL = "tool_url"
+    HOST = "host"
+    EMAIL = "email"
     ARGV = "argv"
     TEXT = "text"
     NUMBER = "number"
@@ -59,11 +61,16 @@ class Argument:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The arguments of one tool. ``closed``: there are no others. ``writes`` are changed."""
+    """The arguments of one tool. ``closed``: there are no others. ``writes`` are changed.
+
+    ``as_text`` is the other form that a Call may have: shell text. No rule names its `command`,
+    because each command in it is judged by the rules about argv (shell.py, commands.py).
+    """
 
     arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
     closed: bool = True
     writes: tuple[str, ...] = ()
+    as_text: Signature | None = None
     enforcement: Enforcement = Enforcement.SANDBOX
 
     def may_be_unnamed(self, name: str, value: Json, workspace: str) -> bool:
@@ -82,6 +89,17 @@ def _tool_on_file(holds: Holds) -> Signature:
     return Signature(arguments={"path": path}, enforcement=Enforcement.OBJECT)
 
 
+_AROUND_A_PROGRAM: Final = MappingProxyType(
+    {
+        "cwd": Argument(
+            kind=Kind.PATH, required=False, default=WORKSPACE_DEFAULT, holds=Holds.FOLDER
+        ),
+        "stdin": Argument(kind=Kind.TEXT, required=False, free=True),
+        # Free: the policy's limits stay the upper bound of whatever stands here.
+        "resources": Argument(kind=Kind.RESOURCES, required=False, free=True),
+    }
+)
+
 BUILT_IN: Final[Mapping[str, Signature]] = MappingProxyType(
     {
         "fs.read": _tool_on_file(Holds.FILE),
@@ -95,18 +113,8 @@ BUILT_IN: Final[Mapping[str, Signature]] = MappingProxyType(
             enforcement=Enforcement.OBJECT,
         ),
         "shell.run": Signature(
-            arguments={
-                "argv": Argument(kind=Kind.ARGV),
-                "cwd": Argument(
-                    kind=Kind.PATH,
-                    required=False,
-                    default=WORKSPACE_DEFAULT,
-                    holds=Holds.FOLDER,
-                ),
-                "stdin": Argument(kind=Kind.TEXT, required=False, free=True),
-                # Free: the policy's limits stay the upper bound of whatever stands here.
-                "resources": Argument(kind=Kind.RESOURCES, required=False, free=True),
-            },
+            arguments={"argv": Argument(kind=Kind.ARGV), **_AROUND_A_PROGRAM},
+            as_text=Signature(arguments={"command": Argument(kind=Kind.TEXT), **_AROUND_A_PROGRAM}),
         ),
         "http.get": Signature(
             arguments={"url": Argument(kind=Kind.URL)}, enforcement=Enforcement.OBJECT
@@ -129,6 +137,8 @@ BUILT_IN: Final[Mapping[str, Signature]] = MappingProxyType(
 )
 # Names under these belong to us: a policy that grants `fs.raed` means one of ours.
 RESERVED: Final = frozenset(name.partition(".")[0] for name in BUILT_IN)
+# Names under these belong to the tools of other programs (tool_tables.py).
+PROGRAMS: Final = frozenset({"claude", "codex"})
 
 
 def merge_kinds(one: Kind, other: Kind) -> Kind | None:

@@ -1,4 +1,4 @@
-"""Step "execute": ``shell.run``, a program in a native sandbox."""
+"""Step "execute": ``shell.run``, a program or a few joined ones in a native sandbox."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from safeconduct.runtime.sandbox.bounds import narrow
 from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.shield import Shields
 
+from .shell_script import SHELL, script
 from .task import Task
 
 
 def run(task: Task, sandbox: NativeSandbox, shields: Shields, *, explain: bool = False) -> Outcome:
-    """Run ``argv`` in ``cwd`` with ``stdin``, seeing only what the profile shows.
+    """Run ``argv``, or ``commands``, in ``cwd`` with ``stdin``, seeing what the profile shows.
 
     ``resources`` lowers the profile's limits; it can raise none.
     """
@@ -30,7 +31,7 @@ def run(task: Task, sandbox: NativeSandbox, shields: Shields, *, explain: bool =
     hint = cast("Mapping[str, Json]", arguments.get("resources") or {})
     profile = replace(task.profile, limits=narrow(task.profile.limits, hint))
     program = Program(
-        argv=cast("Sequence[str]", arguments["argv"]),
+        argv=_argv(arguments),
         cwd=str(arguments["cwd"]),
         stdin=str(arguments.get("stdin") or "").encode(),
     )
@@ -44,3 +45,9 @@ def run(task: Task, sandbox: NativeSandbox, shields: Shields, *, explain: bool =
             sink=task.sink,
             explain=explain,
         )
+
+
+def _argv(arguments: Mapping[str, Json]) -> Sequence[str]:
+    if "commands" in arguments:
+        return (SHELL, "-c", script(cast("Sequence[Json]", arguments["commands"])))
+    return cast("Sequence[str]", arguments["argv"])
