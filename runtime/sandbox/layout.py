@@ -215,7 +215,12 @@ def _profile_mounts(profile: Profile, mapped: bool) -> Iterator[Plan]:
         if around and around[-1] >= write:
             continue
         if not os.path.lexists(path):
-            raise SandboxFailed(f"The profile grants {path}, which does not exist.", step="layout")
+            raise SandboxFailed(
+                f"The profile grants {path}, which does not exist.",
+                step="layout",
+                code="sandbox.missing_grant",
+                hint="Make it, or take it out of the profile.",
+            )
         shown[path] = write
         if write and profile.workspace.overlaid:
             limits = profile.limits

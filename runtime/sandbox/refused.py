@@ -21,7 +21,7 @@ from typing import Self
 import pyseccomp as libseccomp
 
 from safeconduct.call import Refused
-from safeconduct.errors import SandboxUnavailable
+from safeconduct.errors import SandboxFailed, SandboxUnavailable
 from safeconduct.syscalls import ADDABLE, NEVER, why_never
 
 from . import bpf
@@ -37,6 +37,9 @@ _ANSWER = struct.Struct("=QqiI")
 # LIMIT: answers at full speed; from then on one each pause, so that a flood of refused calls
 # slows the program that makes them and not the supervisor.
 _BURST, _PAUSE_MS = 20_000, 1
+# LIMIT: how long the answer that is under way may take. The kernel has a reader wait for the next
+# question where another took the one it was told of, so who made the listener could stop us here.
+_ANSWER_SECONDS = 5.0
 # LIMIT: system call numbers told apart; a program may ask for any of 2^32.
 _NUMBERS = 512
 _OTHERS = "other numbers"
@@ -54,7 +57,8 @@ class Refusals:
 
     ``program`` is the filter without ``explain``. The descriptor is closed when the last program
     under the filter has ended, or by ``close``; what is refused after that gets ENOSYS from the
-    kernel. Drive it with ``start`` (a thread) or call ``serve``.
+    kernel. Drive it with ``start`` (a thread) or call ``serve``. Whoever handed the listener over
+    may lie: what is no listener, or not ours alone, is told by ``close`` as SandboxFailed.
 
     INVARIANT: the filter refuses seccomp(2). A program that could load a filter of its own would,
     once this listener is closed, be asked in its place, and could say "continue".
@@ -68,6 +72,7 @@ class Refusals:
         self._lock = threading.Lock()
         self._answers = 0
         self._serving, self._served = False, threading.Event()
+        self._broken: OSError | None = None
         self._wake = -1
         try:
             # One that cannot be run by hand would leave a program waiting for its answer.
@@ -95,6 +100,8 @@ class Refusals:
             self._serving = True
         try:
             self._serve()
+        except OSError as error:
+            self._broken = error
         finally:
             # Whatever ended it, no program may wait for an answer that never comes.
             self._end()
@@ -115,18 +122,22 @@ class Refusals:
                 return
 
     def close(self) -> None:
-        """End serving and close the listener. What was counted stays."""
+        """End serving and close the listener. What was counted stays.
+
+        Raises SandboxFailed where it was no listener of ours; its thread ends with those who ask.
+        """
         with self._lock:
-            serving = self._serving
-            if self._wake >= 0:
+            if not self._serving:
+                self._serving = True  # it does not begin any more
+                self._served.set()
+            elif self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
-        if serving:
-            self._served.wait()
+        if not self._served.wait(_ANSWER_SECONDS):
+            # It closes what it uses: the number must not come to mean something else before.
+            raise _no_listener()
         self._end()
-        with self._lock:
-            if self._wake >= 0:
-                os.close(self._wake)
-                self._wake = -1
+        if self._broken is not None:
+            raise _no_listener() from self._broken
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +148,11 @@ class Refusals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except SandboxFailed:
+            if kind is None:
+                raise
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -190,9 +205,14 @@ class Refusals:
 
     def _end(self) -> None:
         with self._lock:
-            if self._listener >= 0:
-                os.close(self._listener)
-                self._listener = -1
+            for fd in (self._listener, self._wake):
+                if fd >= 0:
+                    os.close(fd)
+            self._listener = self._wake = -1
+
+
+def _no_listener() -> SandboxFailed:
+    return SandboxFailed("Nothing tells what the filter refuses.", step="listener")
 
 
 def remedy(name: str, profile: str) -> str:

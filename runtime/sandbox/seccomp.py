@@ -31,7 +31,7 @@ _FILES = """
     read write close stat fstat lstat newfstatat statx poll ppoll select pselect6 lseek pread64
     pwrite64 readv writev preadv pwritev preadv2 pwritev2 access faccessat faccessat2 pipe pipe2
     dup dup2 dup3 flock fsync fdatasync sync_file_range truncate ftruncate getdents
-    getdents64 getcwd chdir fchdir rename renameat renameat2 mkdir mkdirat rmdir link linkat
+    getdents64 getcwd chdir fchdir rename renameat mkdir mkdirat rmdir link linkat
     unlink unlinkat symlink symlinkat readlink readlinkat chown fchown lchown fchownat umask utime
     utimes futimesat utimensat statfs fstatfs copy_file_range sendfile splice tee fallocate
     fadvise64 readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr eventfd
@@ -103,6 +103,8 @@ _SOCKET_OPTIONS = (2, 7, 8, 9, 13, 15, 16, 20, 21, 66, 67)
 _FCNTL_COMMANDS = (*range(8), 9, 36, 37, 38, *range(1030, 1039))
 _FILE_TYPES = (0, 0o100000, 0o010000)  # mknod(2): regular file (two spellings) and FIFO
 _FILE_TYPE_MASK = 0o170000
+# renameat2(2): it leaves a character device behind, for which mknod(2) and Landlock are not asked.
+_RENAME_WHITEOUT = 0x4
 _SET_XATTR = "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
 # seccomp(2): the upper half of what a filter returns is the action, the lower one its errno.
 _ACTION, _DATA = 0xFFFF_0000, 0x0000_FFFF
@@ -207,6 +209,9 @@ def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[Rule]:
     myself = (_equal(0, _PRIO_PROCESS), _equal(1, 0))
     yield allow, "setpriority", () if tier is Tier.FULL else myself
     yield from _files_without_set_id()
+    for bits, action in ((0, allow), (_RENAME_WHITEOUT, libseccomp.ERRNO(errno.EINVAL))):
+        flags = libseccomp.Arg(4, libseccomp.MASKED_EQ, _RENAME_WHITEOUT, bits)
+        yield action, "renameat2", (flags,)
     yield allow, "clone", (libseccomp.Arg(0, libseccomp.MASKED_EQ, _NAMESPACE_FLAGS, 0),)
     seal = libseccomp.Arg(1, libseccomp.MASKED_EQ, _MFD_NOEXEC_SEAL, _MFD_NOEXEC_SEAL)
     yield allow, "memfd_create", (seal,)

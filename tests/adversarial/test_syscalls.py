@@ -70,6 +70,8 @@ WORKS = {
     "fcntl-notify": "call('fcntl', os.open('.', 0), 1026, 2)",
     "fcntl-owner": "call('fcntl', os.pipe()[0], 8, me)",
     "setsockopt-filter": "call('setsockopt', pair(), 1, 26, words(1, instruction()), 16)",
+    # RENAME_WHITEOUT: a character device is left behind.
+    "rename-whiteout": "call('renameat2', -100, made('moved'), -100, text('there'), 4)",
     "setxattr": "call('setxattr', text('.'), text('user.x'), page, 1, 0)",
     "sync": "call('sync')",
     "syncfs": "call('syncfs', os.open('.', 0))",
@@ -100,7 +102,10 @@ KNOWN = """
     accept4 connect io_submit io_getevents io_cancel io_destroy kexec_load kexec_file_load
     lookup_dcookie mq_open mq_unlink remap_file_pages quotactl_fd set_mempolicy_home_node
 """
-_ERRNO = {"setxattr": UNSUPPORTED, "socket-unix": FAMILY, "socket-netlink": FAMILY}
+_ERRNO = {
+    "setxattr": UNSUPPORTED, "socket-unix": FAMILY, "socket-netlink": FAMILY,
+    "rename-whiteout": errno.EINVAL,
+}  # fmt: skip
 _NO_RIGHT = frozenset([errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EAFNOSUPPORT, errno.EINVAL])
 
 PROBE = """
@@ -113,6 +118,9 @@ def address(buffer):
     kept.append(buffer)
     return ctypes.addressof(buffer)
 def text(value): return address(ctypes.create_string_buffer(value.encode()))
+def made(value):
+    open(value, "w").close()
+    return text(value)
 def words(*values): return address((ctypes.c_uint64 * len(values))(*values))
 def handle():
     buffer = ctypes.create_string_buffer(256)

@@ -208,8 +208,10 @@ def test_a_missing_working_folder_is_not_made_on_the_host(box: Box) -> None:
 
 def test_a_grant_that_does_not_exist_is_refused(box: Box) -> None:
     profile = Profile(name="test", read=(str(box.workspace), "/nonexistent/folder"))
-    with pytest.raises(SandboxFailed):
+    with pytest.raises(SandboxFailed) as missing:
         box.run("true", profile=profile)
+    if box.sandbox.tier is Tier.FULL:
+        assert missing.value.code == "sandbox.missing_grant"
 
 
 def test_no_disk_at_all_is_not_a_disk_without_end(box: Box) -> None:

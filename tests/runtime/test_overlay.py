@@ -286,7 +286,12 @@ def test_limits_of_a_diff(overlay: Overlay) -> None:
     with pytest.raises(LimitExceeded) as caught:
         overlay.diff(Bounds(entries=200))
     assert caught.value.limit == "changes"
-    overlay.run("rm -r many; mkdir -p d/d/d/d; echo x > d/d/d/d/x; echo 0123456789 > big")
+    with pytest.raises(LimitExceeded, match="1000 bytes of names"):
+        overlay.diff(Bounds(text_bytes=1000))
+    overlay.run("rm -r many; ln -s $(printf %03000d 0) long")
+    with pytest.raises(LimitExceeded, match="2000 bytes of names"):
+        overlay.diff(Bounds(text_bytes=2000))
+    overlay.run("rm long; mkdir -p d/d/d/d; echo x > d/d/d/d/x; echo 0123456789 > big")
     changes = overlay.diff(Bounds(depth=3, read_bytes=5))
     assert {change.path for change in changes.refused} == {"d/d/d/d", "big"}
 

@@ -1,4 +1,7 @@
-"""Calls under a profile with ``workspace: session-overlay``: one overlay for all of a session."""
+"""Calls under a profile with ``workspace: session-overlay``: one overlay for all of a session.
+
+They stay in one file because each of them needs the same policy, desk and helpers.
+"""
 
 from __future__ import annotations
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -17,7 +20,7 @@ import pyseccomp as libseccomp
 import pytest
 
 from safeconduct.call import Tier
-from safeconduct.errors import SandboxUnavailable
+from safeconduct.errors import SandboxFailed, SandboxUnavailable
 from safeconduct.runtime.sandbox import seccomp
 from safeconduct.runtime.sandbox.refused import Refusals, remedy
 
@@ -218,6 +221,50 @@ def test_closing_while_a_program_waits_for_its_answer(tmp_path: Path) -> None:
         one.ours.close()
         one.process.kill()
         one.process.communicate()
+
+
+def test_closing_while_somebody_else_took_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel has a reader wait for as long as there is nothing, whatever poll(2) has said.
+    monkeypatch.setattr("safeconduct.runtime.sandbox.refused._ANSWER_SECONDS", 0.2)
+    code = f"call({number('ptrace')}, 0, 0, 0, 0); print('answered', flush=True); end.recv(1)"
+    one = Child(tmp_path, code, tier=Tier.FULL, flags=LISTEN)
+    other = os.dup(one.listener)
+
+    class Robbed(Refusals):
+        def _answer(self) -> None:
+            question = bytearray(80)
+            fcntl.ioctl(other, 0xC050_2100, question)
+            answer = struct.pack("=QqiI", *struct.unpack_from("=Q", question), 0, -1, 0)
+            fcntl.ioctl(other, 0xC018_2101, answer)
+            super()._answer()
+
+    refusals = Robbed(one.listener, seccomp.compile_filter(Tier.FULL)).start()
+    try:
+        one.go()
+        assert one.process.stdout is not None
+        assert one.process.stdout.readline() == "answered\n"
+        closing = threading.Thread(target=_close, args=(refusals,), daemon=True)
+        closing.start()
+        closing.join(_SECONDS)
+        assert not closing.is_alive()
+        with pytest.raises(SandboxFailed, match="Nothing tells"):
+            refusals.close()
+    finally:
+        one.ours.close()
+        one.process.kill()
+        one.process.communicate()
+        os.close(other)
+    for thread in threading.enumerate():
+        if thread.name == "refusals":
+            thread.join(_SECONDS)
+            assert not thread.is_alive()
+
+
+def _close(refusals: Refusals) -> None:
+    with suppress(SandboxFailed):
+        refusals.close()
 
 
 def test_a_flood_slows_who_floods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,11 @@ use crate::request::Mount;
 use crate::site::{self, Site};
 use crate::{receive, sys};
 
+/// LIMIT: inodes beyond the bound of a layer while an overlay is mounted over it. The kernel tries
+/// there what it needs, `ovl_make_workdir` in its fs/overlayfs/super.c; a layer that an earlier call
+/// filled to the last inode could never be mounted again, not even to remove something.
+const SPARE_INODES: u64 = 64;
+
 /// What one sandbox has for itself.
 pub struct Own<'a> {
     pub mapping: Option<BorrowedFd<'a>>,
@@ -84,6 +89,7 @@ pub fn attach(
     let merged = user.map_or_else(make, |user| as_user(user, make))?;
     site.put(&merged, target, true)?;
     if *session {
+        resize(&site::clone_tree(place.as_ref(), false)?, (*bytes, *inodes))?;
         report::send_with(own.channel, &Message::Layer, &[merged.as_fd()]);
         return Ok(());
     }
@@ -116,7 +122,7 @@ fn take_over(
     let tree = match &found {
         None => &site::scratch(bounds.0, bounds.1, 0o700)?,
         Some(tree) => {
-            resize(tree, bounds)?;
+            resize(tree, (bounds.0, bounds.1.saturating_add(SPARE_INODES)))?;
             tree
         }
     };

@@ -129,11 +129,14 @@ class Changes:
 class Bounds:
     """LIMIT: how much of a hostile upper folder is looked at.
 
-    More ``entries`` than this refuse the whole; what lies deeper, has a longer path, or no longer
-    fits in ``read_bytes`` (of both sides together, holes counted) is refused alone.
+    More ``entries`` than this, or more ``text_bytes`` in their paths and link targets together,
+    refuse the whole; what lies deeper, has a longer path, or no longer fits in ``read_bytes`` (of
+    both sides together, holes counted) is refused alone.
     """
 
     entries: int = 200_000
+    # A path of some KiB for each entry takes far more memory here than it takes there.
+    text_bytes: int = 64 << 20
     depth: int = 64
     path_bytes: int = 3_500
     read_bytes: int = 4 << 30

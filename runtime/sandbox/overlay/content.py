@@ -45,9 +45,11 @@ def open_upper(folder: int, name: str, flags: int) -> int:
     Without root the tool's files are our own, so we may give it back. Raises OSError.
     """
     try:
-        return os.open(name, flags, dir_fd=folder)
+        fd = os.open(name, flags, dir_fd=folder)
     except PermissionError:
         handle = os.open(name, kernel.HANDLE, dir_fd=folder)
+    else:
+        return _entered(fd) if flags & os.O_DIRECTORY else fd
     try:
         mode = os.fstat(handle).st_mode
         if stat.S_ISLNK(mode):
@@ -60,6 +62,26 @@ def open_upper(folder: int, name: str, flags: int) -> int:
         return os.open(name, flags, dir_fd=folder)
     finally:
         os.close(handle)
+
+
+def enter(folder: int) -> None:
+    """Give ourselves the right to search an open folder of the upper layer, if the tool took it.
+
+    It is another right than to read it. Raises OSError.
+    """
+    try:
+        os.stat(".", dir_fd=folder)
+    except PermissionError:
+        os.fchmod(folder, stat.S_IMODE(os.fstat(folder).st_mode) | 0o700)
+
+
+def _entered(folder: int) -> int:
+    try:
+        enter(folder)
+    except OSError:
+        os.close(folder)
+        raise
+    return folder
 
 
 @contextmanager

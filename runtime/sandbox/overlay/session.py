@@ -28,9 +28,15 @@ from .changes import Changes
 from .mounting import Mounting, WaitingT, arriving
 from .terms import Root, Terms
 
-# LIMIT: how long an operator's question and the end of a sandbox's mounts are waited for.
+# LIMIT: how long an operator's question waits for its turn, and who has it for the end of what the
+# sandbox before had mounted.
 _OPERATOR_SECONDS: Final = 2.0
 _UNMOUNT_SECONDS: Final = 5.0
+# What a program sent to itself over a ring of sockets outlives it: the kernel closes one such file
+# after the other, three ticks of its clock each (unix_gc and delayed_fput in its net/unix/garbage.c
+# and fs/file_table.c). No more of them can be under way than its user may open files.
+_FILE_SECONDS: Final = 0.04
+_UNMOUNT_SECONDS_MAX: Final = 300.0
 # What overlay.rs understands.
 _FIRST, _AGAIN = b"first", b"again"
 # Its steps that fail where a sandbox broke while it had the layer: a mount is attached but once; or
@@ -56,6 +62,7 @@ class Session:
         self._roots: dict[str, Root] = {}
         self._shielded: set[str] = set()
         self._disk_bytes = 0
+        self._unmount_seconds = _UNMOUNT_SECONDS
         self._ending: list[kernel.UnmountWatch] = []
         # Whoever has the turn has it for longer than a call.
         self._lasting = False
@@ -68,7 +75,8 @@ class Session:
         Waits no longer than the call may take. Raises SandboxFailed (`workspace.session_in_use`,
         `.session_full`, `.changes_full`) and SandboxUnavailable (`overlay:session`).
         """
-        self._take_turn(profile.limits.wall_ms / 1000)
+        seconds = profile.limits.wall_ms / 1000
+        self._take_turn(seconds, unmount=min(seconds, self._unmount_seconds))
         try:
             self._refuse_apart(profile, roots)
             self._refuse_less(profile, roots)
@@ -80,6 +88,8 @@ class Session:
                     raise _lost(f"{path} is another folder than when the session began.")
             self._shielded.update(shielded)
             self._disk_bytes = max(self._disk_bytes, profile.limits.disk_bytes)
+            wanted = _UNMOUNT_SECONDS + profile.limits.files * _FILE_SECONDS
+            self._unmount_seconds = min(wanted, _UNMOUNT_SECONDS_MAX)
             self._lasting = lasting
         except BaseException:
             self.release()
@@ -104,10 +114,11 @@ class Session:
     def keep(self) -> tuple[KeptChanges, ...]:
         """Keep all that the session changed so far; the next call begins a new overlay.
 
-        Raises LimitExceeded or SandboxFailed (`workspace.session_in_use` while a call runs); then
-        nothing is kept and the overlay stays.
+        Waits for the end of the last call's mounts, as long as that may take. Raises LimitExceeded
+        or SandboxFailed (`workspace.session_in_use` while a call runs); then nothing is kept and
+        the overlay stays.
         """
-        with self._alone():
+        with self._alone(unmount=self._unmount_seconds):
             kept = self.terms.shelve(self._compare())
             self._forget()
             return kept
@@ -145,11 +156,12 @@ class Session:
         finally:
             os.close(merged)
 
-    def _take_turn(self, seconds: float) -> None:
+    def _take_turn(self, seconds: float, *, unmount: float) -> None:
+        """Wait for the turn, and then for the end of what the one before mounted."""
         if not self._turn.acquire(timeout=0 if self._lasting else seconds):
             raise _in_use()
         try:
-            self._settle(min(seconds, _UNMOUNT_SECONDS))
+            self._settle(unmount)
         except BaseException:
             self._turn.release()
             raise
@@ -163,8 +175,8 @@ class Session:
             self._ending.pop(0).close()
 
     @contextmanager
-    def _alone(self) -> Generator[None]:
-        self._take_turn(_OPERATOR_SECONDS)
+    def _alone(self, *, unmount: float = _OPERATOR_SECONDS) -> Generator[None]:
+        self._take_turn(_OPERATOR_SECONDS, unmount=unmount)
         try:
             yield
         finally:
@@ -209,8 +221,10 @@ class Session:
                 continue
             held = os.fstatvfs(root.tree)
             used = (held.f_blocks - held.f_bfree) * held.f_frsize
+            # The kernel gives out whole pages, of which the last may lie beyond the bound.
+            pages = -(-limits.disk_bytes // held.f_frsize)
             for name, have, may in (
-                ("disk", used, limits.disk_bytes),
+                ("disk", used, pages * held.f_frsize),
                 ("inodes", held.f_files - held.f_ffree, limits.inodes),
             ):
                 if have > may:

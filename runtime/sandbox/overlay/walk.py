@@ -82,7 +82,7 @@ class _Walk:
         self._marks: Marks = marks
         self._protected, self._bounds = protected, bounds
         self._leaves = Leaves(workspace, content.Budget(bounds.read_bytes))
-        self._left = bounds.entries
+        self._left, self._text_left = bounds.entries, bounds.text_bytes
         self._frames: list[_Frame] = []
         self._found: list[Change] = []
         # Where in `found` the folders of the base stand that the overlay takes away.
@@ -90,6 +90,8 @@ class _Walk:
 
     def run(self, upper: int) -> list[Change]:
         try:
+            # A later call of the session may have taken our permission away again.
+            content.enter(upper)
             self._push("", os.dup(upper), os.dup(self._workspace), opaque=False)
             while self._frames:
                 frame = self._frames[-1]
@@ -106,28 +108,39 @@ class _Walk:
     def _push(self, path: str, upper: int | None, base: int | None, *, opaque: bool) -> None:
         frame = _Frame(path, upper, base, opaque, iter(()))
         self._frames.append(frame)
-        names = set(self._list(upper)) if upper is not None else set[str]()
+        names = set(self._list(upper, path)) if upper is not None else set[str]()
         if base is not None and (opaque or upper is None):
             # An opaque folder hides the base's: whatever it does not hold itself is deleted.
-            names.update(self._list(base))
+            names.update(self._list(base, path))
         frame.names = iter(sorted(names))
 
-    def _list(self, folder: int) -> Iterator[str]:
+    def _list(self, folder: int, path: str) -> Iterator[str]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 self._left -= 1
-                if self._left < 0:
-                    raise LimitExceeded(
-                        f"The overlay changed more than {self._bounds.entries} entries.",
-                        limit="changes",
-                        hint="Roll it back, or let the tool write less.",
-                    )
+                self._text_left -= len(path) + len(entry.name)
+                self._refuse_more()
                 yield entry.name
+
+    def _refuse_more(self) -> None:
+        if self._left >= 0 and self._text_left >= 0:
+            return
+        bounds = self._bounds
+        what = (
+            f"{bounds.entries} entries" if self._left < 0 else f"{bounds.text_bytes} bytes of names"
+        )
+        raise LimitExceeded(
+            f"The overlay changed more than {what}.",
+            limit="changes",
+            hint="Roll it back, or let the tool write less.",
+        )
 
     def _entry(self, frame: _Frame, name: str) -> None:
         path = frame.join(name)
         base = _status(frame.base, name)
         upper = _status(frame.upper, name)
+        if frame.upper is not None and upper is not None and self._marks == "user":
+            _let_read(frame.upper, name, upper)
         if upper is None or is_whiteout(_link(frame, name), upper, self._marks):
             if base is not None:
                 self._deleted(frame, name, base)
@@ -199,6 +212,8 @@ class _Walk:
         )
         if change is None:
             return
+        self._text_left -= len(change.target or "")
+        self._refuse_more()
         origin = read_origin(_link(frame, name), self._marks)
         self._add(replace(change, conflict=self._conflict(frame, base, origin)))
         if base is not None and stat.S_ISDIR(base.st_mode):
@@ -270,6 +285,17 @@ def _status(folder: int | None, name: str) -> os.stat_result | None:
         return os.lstat(name, dir_fd=folder)
     except FileNotFoundError:
         return None
+
+
+def _let_read(folder: int, name: str, status: os.stat_result) -> None:
+    """Give ourselves the right to read an upper entry: who may not is not told its `user.`
+    attributes either, xattr(7), and so neither that it is opaque nor that it was copied.
+    """
+    flags = {stat.S_IFREG: kernel.FILE, stat.S_IFDIR: kernel.FOLDER}.get(
+        stat.S_IFMT(status.st_mode)
+    )
+    if flags is not None and not status.st_mode & stat.S_IRUSR:
+        os.close(content.open_upper(folder, name, flags))
 
 
 def _open_base(folder: int | None, name: str) -> int | None:
