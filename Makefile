@@ -1,5 +1,5 @@
 # One entry point; CI runs the same targets. Every target does its own set-up.
-.PHONY: setup run test test-vm check bench lock clean
+.PHONY: setup run test test-vm check bench peers lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -40,6 +40,9 @@ bench: setup ## every benchmark, quickly; see benchmarks/ for the long runs
 	@for file in benchmarks/bench_*.py; do \
 	    name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; \
 	done
+
+peers: ## build OPA for bench_decision into build/peers: needs Go, takes minutes the first time
+	cd benchmarks/opa && go build -o ../../build/peers/opa github.com/open-policy-agent/opa
 
 lock: ## write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --extra dev --generate-hashes --strip-extras --allow-unsafe \

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeconduct.call import Document, Effect, EntryKind
-from safeconduct.errors import TraceInvalid
+from safeconduct.call import Decision, Document, Effect, EntryKind, Facts
+from safeconduct.errors import PolicyError, TraceInvalid
 from safeconduct.policies import decide
 
 from .entry import Entry
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The code of the decision about a program that the operator's command line names.
 _OPERATOR = "operator.command"
+# What a sub-agent's Capability alone refused begins with it.
+_CAPABILITY = "capability."
 _NO_DOCUMENT = Missing("document.none", "the call was refused before it had a canonical form")
 
 
@@ -39,6 +41,18 @@ class Change:
     new: Effect
     rules: tuple[str, ...]
     reason: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift:
+    """One call that is judged alike but would run in another profile; both are named."""
+
+    index: int
+    call: str
+    tool: str
+    recorded: str
+    new: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,16 +68,18 @@ class Undecidable:
 
 @dataclass(slots=True, kw_only=True)
 class ReplayReport:
-    """What changed. ``calls`` counts intents; ``same`` those judged alike.
+    """What changed. ``calls`` counts intents; ``same`` those judged alike, ``shifts`` among them.
 
     ``unjudged`` counts those that no rule judged then and no policy judges now: refused before
-    they had a canonical form, or started by the operator's own command line.
+    they had a canonical form or as their Capability had ended, or started by the operator's own
+    command line.
     """
 
     calls: int = 0
     same: int = 0
     unjudged: int = 0
     changes: list[Change] = field(default_factory=list[Change])
+    shifts: list[Shift] = field(default_factory=list[Shift])
     undecidable: list[Undecidable] = field(default_factory=list[Undecidable])
 
     @property
@@ -76,6 +92,8 @@ class ReplayReport:
 class _Intent:
     index: int
     tool: str
+    caller: str
+    origin: str
     document: Document | Missing
 
 
@@ -112,16 +130,28 @@ def _undecided(report: ReplayReport, intent: _Intent, call: str) -> None:
 
 def _judge(report: ReplayReport, intent: _Intent, entry: Entry, policy: Judged) -> None:
     call: str = entry.body["call"]
-    if entry.body["code"] == _OPERATOR or intent.document == _NO_DOCUMENT:
+    code: str = entry.body["code"]
+    if code == _OPERATOR or code.startswith(_CAPABILITY) or intent.document == _NO_DOCUMENT:
         report.unjudged += 1
         return
     if isinstance(intent.document, Missing):
         report.undecidable.append(_cannot(intent, call, intent.document))
         return
     recorded = Effect(entry.body["effect"])
-    decision = decide(policy, intent.document)
+    facts = _facts(intent, entry)
+    if isinstance(facts, Missing):
+        report.undecidable.append(_cannot(intent, call, facts))
+        return
+    try:
+        judged = policy.for_role(facts.role)
+    except PolicyError as error:
+        missing = Missing(error.code, error.message)
+        report.undecidable.append(_cannot(intent, call, missing))
+        return
+    decision = decide(judged, intent.document, facts)
     if decision.effect is recorded:
         report.same += 1
+        _shift(report, intent, entry, decision)
         return
     change = Change(
         index=intent.index,
@@ -131,8 +161,22 @@ def _judge(report: ReplayReport, intent: _Intent, entry: Entry, policy: Judged) 
         new=decision.effect,
         rules=decision.rules,
         reason=decision.reason,
+        advice=decision.advice,
     )
     report.changes.append(change)
+
+
+def _shift(report: ReplayReport, intent: _Intent, entry: Entry, decision: Decision) -> None:
+    recorded = entry.body.get("profile")
+    if isinstance(recorded, str) and decision.profile and decision.profile.name != recorded:
+        shift = Shift(
+            index=intent.index,
+            call=entry.body["call"],
+            tool=intent.tool,
+            recorded=recorded,
+            new=decision.profile.name,
+        )
+        report.shifts.append(shift)
 
 
 def _cannot(intent: _Intent, call: str, missing: Missing) -> Undecidable:
@@ -144,7 +188,30 @@ def _cannot(intent: _Intent, call: str, missing: Missing) -> Undecidable:
 def _intent(index: int, entry: Entry, opened: Mapping[str, Opening | Missing]) -> _Intent:
     opening = opened["document"]
     document = opening if isinstance(opening, Missing) else _document(opening)
-    return _Intent(index=index, tool=entry.body["tool"], document=document)
+    return _Intent(
+        index=index,
+        tool=entry.body["tool"],
+        caller=entry.body["caller"],
+        origin=entry.body["origin"],
+        document=document,
+    )
+
+
+def _facts(intent: _Intent, entry: Entry) -> Facts | Missing:
+    """Return what the decision rested on; a trace from before facts were recorded has none."""
+    if "facts" not in entry.body:
+        return Facts(caller=intent.caller, origin=intent.origin)
+    match entry.body["facts"]:
+        case {
+            "role": str() | None as role, "calls": int(calls), "denied": int(denied),
+            "now_ms": int(now_ms),
+        } if bool not in (type(calls), type(denied), type(now_ms)):  # fmt: skip
+            return Facts(
+                role=role, caller=intent.caller, origin=intent.origin,
+                calls=calls, denied=denied, now_ms=now_ms,
+            )  # fmt: skip
+        case _:
+            return Missing("facts.invalid", "the facts of the decision are none")
 
 
 def _document(opening: Opening) -> Document | Missing:

@@ -91,7 +91,42 @@ def copy_json(value: object, *, max_integer: int = MAX_INTEGER) -> Json:
     Only the exact built-in types pass: a subclass may compare as one value and print as
     another. Bounded in depth, nodes and bytes; a cycle ends at the depth bound.
     """
-    return _copy(value, MAX_DEPTH, _Budget(), max_integer)
+    flat = _copy_flat(value, max_integer)
+    return _copy(value, MAX_DEPTH, _Budget(), max_integer) if flat is None else flat
+
+
+def _copy_flat(value: object, max_integer: int) -> dict[str, Json] | None:
+    """Copy what nearly every Call has: a map of plain values and lists of ASCII texts.
+
+    None where there is anything else, or more of it than may be: `_copy` then says what it is.
+    """
+    if type(value) is not dict:
+        return None
+    copied: dict[str, Json] = {}
+    nodes = size = 0
+    for key, item in cast("dict[object, object]", value).items():
+        if type(key) is not str or not key.isascii():
+            return None
+        size += len(key)
+        if type(item) is list:
+            words = cast("list[object]", item)
+            for word in words:
+                if type(word) is not str or not word.isascii():
+                    return None
+                size += len(word)
+            nodes += len(words)
+            copied[key] = cast("list[Json]", words.copy())
+        elif type(item) is str and item.isascii():
+            size += len(item)
+            copied[key] = item
+        elif item is None or type(item) is bool or (type(item) is int and abs(item) <= max_integer):
+            size += 8
+            copied[key] = item
+        else:
+            return None
+        # A key and its value; a container also takes two bytes, as in `_copy`.
+        nodes, size = nodes + 2, size + 2
+    return copied if nodes < MAX_NODES and size < MAX_BYTES else None
 
 
 def _copy(value: object, depth: int, budget: _Budget, max_integer: int) -> Json:

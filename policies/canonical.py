@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from types import MappingProxyType
 from typing import Final, cast
 
 from safeconduct.call import Call, Document, Json
@@ -24,6 +24,7 @@ from .rules import Judged
 from .shell_paths import resolve_text, take_text
 from .signatures import BUILT_IN, WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
 from .urls import UrlRefused, canonical_url
+from .wildcards import is_ours
 
 MAX_TOOL_CHARACTERS: Final = 128
 MAX_ARGUMENTS: Final = 64
@@ -67,18 +68,23 @@ class Canonical:
 
     def close(self) -> None:
         """Close the descriptors; safe to call twice."""
+        if not self.descriptors:
+            return
         descriptors = self.descriptors
         self.descriptors = dict[str, Resolved]()
         _close(descriptors)
 
 
-def canonicalize(policy: Judged, call: Call) -> Canonical:
+def canonicalize(policy: Judged, call: Call, *, unknown: Signature | None = None) -> Canonical:
     """Bring a Call to the form that is judged, recorded and executed; the caller closes it.
+
+    ``unknown`` is the signature of tools that the policy does not speak of; without it, or under
+    our own names, there are none.
 
     Raises Denied, and nothing else: what the kernel will not resolve (no descriptor is left, say)
     is refused as ``path.refused``.
     """
-    signature = _signature(policy, call.tool)
+    signature = _signature(policy, call.tool, unknown)
     in_text = signature.as_text is not None and "command" in call.arguments
     given = _plain_arguments(signature.as_text or signature if in_text else signature, call)
     text = take_text(given) if in_text else None
@@ -116,12 +122,16 @@ def canonicalize(policy: Judged, call: Call) -> Canonical:
 def _close(descriptors: Mapping[str, Resolved]) -> None:
     for resolved in descriptors.values():
         for fd in (resolved.fd, resolved.parent_fd):
-            if fd is not None:
-                with suppress(OSError):
-                    os.close(fd)
+            if fd is None:
+                continue
+            try:
+                os.close(fd)
+            except OSError:
+                # Closed already; nothing depends on it.
+                continue
 
 
-def _signature(policy: Judged, tool: object) -> Signature:
+def _signature(policy: Judged, tool: object, unknown: Signature | None) -> Signature:
     # Exactly str: a subclass could answer one way here and another way later.
     if type(tool) is not str:
         raise Denied("the name of a tool is a text", code="call.unknown_tool")
@@ -129,6 +139,8 @@ def _signature(policy: Judged, tool: object) -> Signature:
         message = f"{show(tool)} is not the name of a tool"
         raise Denied(message, code="call.unknown_tool")
     signature = policy.signature(tool)
+    if signature is None and not is_ours(tool):
+        signature = unknown
     if signature is None:
         raise Denied(f"there is no tool {tool}", code="call.unknown_tool")
     return signature
@@ -138,8 +150,7 @@ def _plain_arguments(signature: Signature, call: Call) -> dict[str, Json]:
     """Copy the arguments as plain, bounded JSON and refuse unknown and missing ones."""
     if len(call.arguments) > MAX_ARGUMENTS:
         raise Denied(f"more than {MAX_ARGUMENTS} arguments", code="call.extra_argument")
-    wide = any(argument.kind is Kind.INTEGERS for argument in signature.arguments.values())
-    plain = copy_json(call.arguments, max_integer=1 << 63 if wide else MAX_INTEGER)
+    plain = copy_json(call.arguments, max_integer=_largest_integer(signature))
     given = cast("dict[str, Json]", plain)
     for name in given:
         if signature.closed and name not in signature.arguments:
@@ -147,11 +158,33 @@ def _plain_arguments(signature: Signature, call: Call) -> dict[str, Json]:
             raise Denied(message, code="call.extra_argument")
         if len(name) > MAX_TOOL_CHARACTERS:
             raise _bad(name, "an argument with a shorter name")
+    if not signature.closed and not given.keys() <= signature.arguments.keys():
+        _refuse_alike(given, signature)
     for name, argument in signature.arguments.items():
         if argument.required and name not in given:
             message = f"{call.tool} needs the argument {name}"
             raise Denied(message, code="call.missing_argument")
     return given
+
+
+def _refuse_alike(given: Mapping[str, Json], signature: Signature) -> None:
+    """Refuse a name that differs only in case from another one, or from one that rules judge.
+
+    Go's encoding/json takes `Path` for `path` (https://pkg.go.dev/encoding/json#Unmarshal), so a
+    server would use what no rule has looked at.
+    """
+    names = {name.casefold(): name for name in signature.arguments}
+    for name in given:
+        if names.setdefault(name.casefold(), name) != name:
+            message = f"a tool may take {show(name)} for an argument of another name"
+            raise Denied(message, code="call.ambiguous_argument")
+
+
+def _largest_integer(signature: Signature) -> int:
+    for argument in signature.arguments.values():
+        if argument.kind is Kind.INTEGERS:
+            return 1 << 63
+    return MAX_INTEGER
 
 
 def _fill_defaults(
@@ -162,31 +195,15 @@ def _fill_defaults(
         if name in values or argument.default is None:
             continue
         values[name] = workspace if argument.default == WORKSPACE_DEFAULT else argument.default
-    return {name: values[name] for name in sorted(values)}
+    return {name: values[name] for name in sorted(values)} if len(values) > 1 else values
 
 
 def _value(name: str, argument: Argument, value: Json, *, many: bool) -> Json:
-    match argument.kind:
-        case Kind.URL | Kind.TOOL_URL:
-            return _each(name, value, _url, many=many)
-        case Kind.HOST:
-            return _each(name, value, _host, many=many)
-        case Kind.EMAIL:
-            return _each(name, value, _email, many=many)
-        case Kind.TEXT:
-            return _each(name, value, _text, many=many)
-        case Kind.NUMBER:
-            return _each(name, value, _number, many=many)
-        case Kind.SCALAR:
-            return _each(name, value, _scalar, many=many)
-        case Kind.ARGV:
-            return _argv(name, value)
-        case Kind.INTEGERS:
-            return _integers(name, value)
-        case Kind.RESOURCES:
-            return canonical_resources(name, value)
-        case _:
-            return value
+    check = _EACH.get(argument.kind)
+    if check is not None:
+        return _each(name, value, check, many=many)
+    whole = _WHOLE.get(argument.kind)
+    return value if whole is None else whole(name, value)
 
 
 def _each(name: str, value: Json, check: Callable[[str, Json], Json], *, many: bool) -> Json:
@@ -248,7 +265,7 @@ def _number(name: str, value: Json) -> int | float:
 
 
 def _scalar(name: str, value: Json) -> Json:
-    if isinstance(value, list | dict):
+    if isinstance(value, (list, dict)):
         raise _bad(name, "one value")
     return value
 
@@ -257,11 +274,16 @@ def _argv(name: str, value: Json) -> list[Json]:
     if not isinstance(value, list) or not 0 < len(value) <= MAX_ARGV:
         raise _bad(name, f"a list of 1 to {MAX_ARGV} texts")
     for word in value:
-        if not isinstance(word, str) or "\0" in word or len(word.encode()) >= MAX_ARGV_BYTES:
+        if not isinstance(word, str) or "\0" in word or _is_long(word):
             raise _bad(name, "a list of texts without NUL")
     if value[0] == "":
         raise _bad(name, "a list that begins with a program")
     return value
+
+
+def _is_long(word: str) -> bool:
+    # A character has at most four bytes, so most words need not be encoded.
+    return len(word) * 4 >= MAX_ARGV_BYTES and len(word.encode()) >= MAX_ARGV_BYTES
 
 
 def _integers(name: str, value: Json) -> list[Json]:
@@ -274,3 +296,20 @@ def _integers(name: str, value: Json) -> list[Json]:
 
 def _bad(name: str, expected: str) -> Denied:
     return Denied(f"{show(name)} must be {expected}", code="call.bad_argument")
+
+
+# What each value of a flat list must be, or a value alone; and what only the whole can be.
+_EACH: Final[Mapping[Kind, Callable[[str, Json], Json]]] = MappingProxyType(
+    {
+        Kind.URL: _url,
+        Kind.TOOL_URL: _url,
+        Kind.HOST: _host,
+        Kind.EMAIL: _email,
+        Kind.TEXT: _text,
+        Kind.NUMBER: _number,
+        Kind.SCALAR: _scalar,
+    }
+)
+_WHOLE: Final[Mapping[Kind, Callable[[str, Json], Json]]] = MappingProxyType(
+    {Kind.ARGV: _argv, Kind.INTEGERS: _integers, Kind.RESOURCES: canonical_resources}
+)

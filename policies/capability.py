@@ -1,4 +1,4 @@
-"""Capabilities only narrow: the intersection of profiles, and of two whole policies.
+"""Capabilities only narrow: the intersection of profiles, and of whole policies.
 
 A project's own policy is hostile until a person trusts it. It is then one of two policies
 that must both agree, so the worst it can do is refuse.
@@ -6,15 +6,18 @@ that must both agree, so the worst it can do is refuse.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 from safeconduct.call import Limits, Profile, Tier, WorkspaceMode
 from safeconduct.errors import Denied, PolicyError
 
-from .rules import Policy
+from .binding import KindConflict, implied_by
+from .files import join_versions
+from .language import did_you_mean
+from .rules import MAX_NAMES, Judged, Policy, Rule, Server
 from .signatures import BUILT_IN, Argument, Signature, merge_kinds
 
 
@@ -34,7 +37,7 @@ def narrow_profiles(one: Profile, other: Profile) -> Profile:
     return Profile(
         name=_join_names(one.name, other.name),
         engine=one.engine,
-        # An overlay holds writes back, so it is what is left of the two.
+        # An overlay holds writes back, and one of a call's own shows it less than a session's.
         workspace=max(one.workspace, other.workspace, key=list(WorkspaceMode).index),
         read=read,
         write=write,
@@ -83,27 +86,34 @@ def _least(one: Limits, other: Limits) -> Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NarrowedPolicy:
-    """A policy and one that may only narrow it; every part must agree to a Call."""
+    """Policies that must all agree to a Call: the widest first, each narrowed by those after it."""
 
-    policy: Policy
-    narrowing: Policy
-    tools: Mapping[str, Signature]
+    parts: tuple[Policy, ...]
+    servers: Mapping[str, Server]
+    # What signature found. It only remembers.
+    _signatures: dict[str, Signature | None] = field(
+        default_factory=dict[str, "Signature | None"], init=False, repr=False, compare=False
+    )
 
     @property
     def version(self) -> str:
-        """Return the hash over both versions."""
-        text = f"{self.policy.version}\n{self.narrowing.version}\n"
-        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        """Return the hash over the versions of all files. The roles of one file have its own."""
+        first, *others = self.parts
+        versions = [first.version]
+        for before, part in itertools.pairwise((first, *others)):
+            if part.role is None or (part.file, part.version) != (before.file, before.version):
+                versions.append(part.version)
+        return join_versions(versions)
 
     @property
     def workspace(self) -> str:
-        """Return the workspace, which both share."""
-        return self.policy.workspace
+        """Return the workspace, which all share."""
+        return self.parts[0].workspace
 
     @property
     def require_tier(self) -> Tier | None:
-        """Return the stricter requirement."""
-        tiers = {self.policy.require_tier, self.narrowing.require_tier}
+        """Return the strictest requirement."""
+        tiers = {part.require_tier for part in self.parts}
         for tier in (Tier.FULL, Tier.LANDLOCK):
             if tier in tiers:
                 return tier
@@ -111,65 +121,149 @@ class NarrowedPolicy:
 
     @property
     def require_cgroup(self) -> bool:
-        """Return the stricter requirement."""
-        return self.policy.require_cgroup or self.narrowing.require_cgroup
+        """Return the strictest requirement."""
+        return any(part.require_cgroup for part in self.parts)
 
     @property
     def profiles(self) -> Mapping[str, Profile]:
-        """Return the profiles both name, each as what both grant.
+        """Return the profiles that all name, each as what all grant.
 
-        A decision carries its own profile, which may join two names.
+        A decision carries its own profile, which may join several names.
         """
-        mine, theirs = self.policy.profiles, self.narrowing.profiles
-        return MappingProxyType(
-            {
-                name: narrow_profiles(mine[name], theirs[name])
-                for name in mine
-                if name in theirs and mine[name].engine is theirs[name].engine
-            }
-        )
-
-    @property
-    def parts(self) -> tuple[Policy, ...]:
-        """Return both policies."""
-        return (self.policy, self.narrowing)
+        common: Mapping[str, Profile] = self.parts[0].profiles
+        for part in self.parts[1:]:
+            common = _common_profiles(common, part.profiles)
+        return MappingProxyType(dict(common))
 
     def signature(self, tool: str) -> Signature | None:
         """Return the signature of a tool that the first policy speaks of."""
-        return self.tools.get(tool) or BUILT_IN.get(tool)
+        try:
+            return self._signatures[tool]
+        except KeyError:
+            found = self.parts[0].signature(tool)
+            if found is not None and not found.closed:
+                found = implied_by(tool, _rules_of(self.parts, tool))
+            if len(self._signatures) >= MAX_NAMES:
+                self._signatures.clear()
+            self._signatures[tool] = found
+            return found
+
+    def for_role(self, name: str | None) -> Judged:
+        """Return what is judged in a session of this role; see `judged_in_role`."""
+        return judged_in_role(self, name)
 
 
-def both(policy: Policy, narrowing: Policy) -> NarrowedPolicy:
+def _common_profiles(
+    mine: Mapping[str, Profile], theirs: Mapping[str, Profile]
+) -> Mapping[str, Profile]:
+    return {
+        name: narrow_profiles(mine[name], theirs[name])
+        for name in mine
+        if name in theirs and mine[name].engine is theirs[name].engine
+    }
+
+
+def both(
+    policy: Judged, narrowing: Judged, *, servers: Mapping[str, Server] | None = None
+) -> NarrowedPolicy:
     """Join a policy with one that may only narrow it, for example a project's own.
 
-    PolicyError where they are for two workspaces or take one argument for two things.
+    Unless ``servers`` are given they are those of the first: what narrows may be anybody's, and
+    names no command to run. PolicyError where they are for two workspaces or take one argument
+    for two things.
     """
-    if policy.workspace != narrowing.workspace:
-        raise PolicyError(
-            f"it is for the workspace {narrowing.workspace!r}, yours for {policy.workspace!r}",
-            file=narrowing.file,
-            code="policy.workspace",
-            hint="run in one workspace, or name it with --workspace",
-        )
-    tools = {
-        tool: _merge(tool, found.signature, narrowing.signature(tool), narrowing.file)
-        for tool, found in policy.tools.items()
-    }
-    return NarrowedPolicy(policy=policy, narrowing=narrowing, tools=MappingProxyType(tools))
+    chosen = policy.servers if servers is None else servers
+    return narrowed((*policy.parts, *narrowing.parts), servers=chosen)
 
 
-def _merge(tool: str, mine: Signature, theirs: Signature | None, file: str) -> Signature:
-    if theirs is None or mine.closed:
-        return mine
-    arguments = dict(theirs.arguments)
-    for name, argument in mine.arguments.items():
-        kind = merge_kinds(argument.kind, arguments.get(name, argument).kind)
-        if kind is None:
+def narrowed(parts: Sequence[Policy], *, servers: Mapping[str, Server]) -> NarrowedPolicy:
+    """Join policies of one workspace, the widest first; PolicyError where they do not fit."""
+    joined = NarrowedPolicy(parts=tuple(parts), servers=servers)
+    first = parts[0]
+    for part in parts[1:]:
+        if part.workspace != first.workspace:
             raise PolicyError(
-                f"{tool}: {name!r} is a {arguments[name].kind} here"
-                f" and a {argument.kind} in your own policy",
-                file=file,
-                hint="use the same matcher for the argument in both files",
+                f"it is for the workspace {part.workspace!r}, yours for {first.workspace!r}",
+                file=part.file,
+                code="policy.workspace",
+                hint="run in one workspace, or name it with --workspace",
             )
-        arguments[name] = Argument(kind=kind, required=False)
-    return Signature(arguments=arguments, closed=False)
+    check_kinds(parts)
+    return joined
+
+
+def check_kinds(parts: Sequence[Policy]) -> None:
+    """Raise PolicyError where the rules of all parts take one argument for two things."""
+    try:
+        for tool in dict.fromkeys(tool for part in parts for tool in part.tools):
+            if tool not in BUILT_IN:
+                implied_by(tool, _rules_of(parts, tool))
+        wildcards = [
+            (item, implied_by(item.pattern.pattern, item.all).arguments)
+            for part in parts
+            for item in part.wildcards
+        ]
+        for (one, mine), (other, theirs) in itertools.combinations(wildcards, 2):
+            if _clash(mine, theirs) and one.pattern.overlaps(other.pattern.pattern):
+                implied_by(one.pattern.pattern, one.all + other.all)
+    except KindConflict as error:
+        raise PolicyError(
+            str(error),
+            file=error.rule.file,
+            line=error.rule.position.line,
+            column=error.rule.position.column,
+            hint="use the same matcher for the argument in all rules that the tool meets",
+        ) from error
+
+
+def _clash(mine: Mapping[str, Argument], theirs: Mapping[str, Argument]) -> bool:
+    return any(
+        merge_kinds(mine[name].kind, theirs[name].kind) is None
+        for name in mine.keys() & theirs.keys()
+    )
+
+
+def _rules_of(parts: Sequence[Policy], tool: str) -> tuple[Rule, ...]:
+    found = (part.rules_of(tool) for part in parts)
+    return tuple(rule for rules in found if rules for rule in rules.all)
+
+
+def judged_in_role(judged: Judged, name: str | None) -> Judged:
+    """Return what is judged in a session of this role, or in one without a role.
+
+    A role that narrows another is judged with it, and both must agree. A part without roles
+    holds for every role, as a policy for all of them does.
+    """
+    if name is None:
+        return judged
+    if not any(part.roles for part in judged.parts):
+        raise _unknown_role(judged.parts[-1], name)
+    parts = [step for part in judged.parts for step in _in_role(part, name)]
+    return parts[0] if len(parts) == 1 else narrowed(parts, servers=judged.servers)
+
+
+def _in_role(part: Policy, name: str) -> list[Policy]:
+    """Return a part in a role, after the roles that it stays within."""
+    if not part.roles:
+        return [part]
+    steps: list[Policy] = []
+    next_name: str | None = name
+    # INVARIANT: assembly refused chains that never end.
+    while next_name is not None:
+        role = part.roles.get(next_name)
+        if role is None:
+            raise _unknown_role(part, next_name)
+        steps.append(
+            replace(part, tools=role.tools, wildcards=role.wildcards, role=role.name, roles={})
+        )
+        next_name = role.narrows
+    return steps[::-1]
+
+
+def _unknown_role(part: Policy, name: str) -> PolicyError:
+    return PolicyError(
+        f"there is no role {name!a}",
+        file=part.file,
+        code="policy.unknown_role",
+        hint=did_you_mean(name, part.roles),
+    )

@@ -8,32 +8,43 @@ every policy: our tools never write protected files, nor touch what the profile 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Final, TypeAlias
 
-from safeconduct.call import Decision, Document, Effect, Enforcement, Json, Profile
+from safeconduct.call import Bound, Decision, Document, Effect, Enforcement, Facts, Json, Profile
 from safeconduct.errors import Denied
 
+from .advice import smallest_grant
 from .capability import narrow_profiles
-from .globs import hidden_by
-from .match import scalar_text
+from .commands import holds_commands, judge_commands
+from .globs import hidden_by, hides_folder
 from .protected import is_protected
-from .rules import Judged, Policy, Rule
+from .rules import MAX_DECIDED, Judged, Policy, Rule, ToolRules
 from .signatures import BUILT_IN, Kind, Signature
+from .when import when_facts
 
 _SEVERITY = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
+# Bound once: each look-up of a member of an enumeration takes as long as a comparison.
+_ALLOW, _DENY = Effect.ALLOW, Effect.DENY
 _PATHS = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
-_SPECIAL = str.maketrans(dict.fromkeys("*[]{}\\", "?"))
+
+# Nothing is known but the Document: a `when` that asks for more cannot be judged.
+NO_FACTS: Final = Facts()
 
 
-def decide(policy: Judged, document: Document) -> Decision:
-    """Judge a Document. Never raises: what cannot be judged is denied `policy.error`."""
+def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decision:
+    """Judge a Document. Never raises: what cannot be judged is denied `policy.error`.
+
+    ``policy`` is that of the session's role (`Judged.for_role`).
+    """
     try:
-        verdicts = [_judge(part, document) for part in policy.parts]
-        if len(verdicts) == 1:
-            return verdicts[0]
-        return _strictest(policy, document, verdicts)
+        if "commands" in document.arguments and holds_commands(document):
+            return judge_commands(policy, document, lambda one: _decide(policy, one, facts))
+        parts = policy.parts
+        if len(parts) == 1:
+            return _judge(parts[0], document, facts)
+        return _decide(policy, document, facts)
     except Exception as error:
         # Fail closed: a bug of ours must never allow.
         return Decision(
@@ -45,6 +56,38 @@ def decide(policy: Judged, document: Document) -> Decision:
         )
 
 
+def _decide(policy: Judged, document: Document, facts: Facts) -> Decision:
+    verdicts = [_judge(part, document, facts) for part in policy.parts]
+    if len(verdicts) == 1:
+        return verdicts[0]
+    return _strictest(policy, document, verdicts)
+
+
+class Known:
+    """What the `when` of a rule may ask for, put together when the first rule asks."""
+
+    __slots__ = ("_document", "_facts", "_named")
+
+    def __init__(self, document: Document, facts: Facts) -> None:
+        self._document, self._facts = document, facts
+        self._named: Mapping[str, Json] | None = None
+
+    def surely_holds(self, rule: Rule) -> bool:
+        """Tell whether the rule has no `when`, or one that holds."""
+        return rule.when is None or rule.holds(self.named) is True
+
+    def may_hold(self, rule: Rule) -> bool:
+        """Tell whether the rule has no `when`, or one that holds or cannot be judged."""
+        return rule.when is None or rule.holds(self.named) is not False
+
+    @property
+    def named(self) -> Mapping[str, Json]:
+        """The facts by their names in the language."""
+        if self._named is None:
+            self._named = when_facts(self._document.arguments, self._facts)
+        return self._named
+
+
 def _strictest(policy: Judged, document: Document, verdicts: Sequence[Decision]) -> Decision:
     """Join the verdicts of policies that must all agree."""
     worst = max(verdicts, key=lambda verdict: _SEVERITY[verdict.effect])
@@ -53,54 +96,113 @@ def _strictest(policy: Judged, document: Document, verdicts: Sequence[Decision])
     profile = _narrow(verdict.profile for verdict in verdicts if verdict.profile)
     if isinstance(profile, Denied):
         return _denied(policy, document, profile.code, profile.message)
-    rules = tuple(rule for verdict in verdicts for rule in verdict.rules)
-    return replace(worst, policy=policy.version, rules=rules, profile=profile)
+    return replace(
+        worst,
+        policy=policy.version,
+        rules=tuple(rule for verdict in verdicts for rule in verdict.rules),
+        profile=profile,
+        obligations=_counted_apart(verdict.obligations for verdict in verdicts),
+    )
 
 
-def _judge(policy: Policy, document: Document) -> Decision:
+def _counted_apart(obligations: Iterable[tuple[Bound, ...]]) -> tuple[Bound, ...]:
+    """Join the obligations of several parts; two files may use one rule id for two rules."""
+    return tuple(
+        replace(bound, id=f"{part}/{bound.id}") if part else bound
+        for part, bounds in enumerate(obligations)
+        for bound in bounds
+    )
+
+
+def _judge(policy: Policy, document: Document, facts: Facts) -> Decision:
     """Judge by one policy."""
     if document.workspace != policy.workspace:
         return _denied(policy, document, "policy.workspace", "it is for another workspace")
-    tool = policy.tools.get(document.tool)
+    tool = policy.rules_of(document.tool)
     if tool is None:
-        return _not_granted(policy, document)
+        return _not_granted(policy, document, BUILT_IN.get(document.tool))
     arguments, signature = document.arguments, tool.signature
-    denies = [rule for rule in tool.deny if rule.restricts(arguments)]
-    if denies:
-        return _denied_by(policy, document, denies)
+    denying, granting, asking = _sort(policy, tool, document, facts)
+    if denying:
+        return _remembered(policy, document, denying, _denied_by)
     for name in signature.writes:
         if is_protected(str(arguments.get(name, ""))):
             return _denied(policy, document, "path.protected", "this file decides what runs later")
-    granting = [
-        rule
-        for rule in tool.allow + tool.ask
-        if rule.grants(arguments, signature, policy.workspace)
-    ]
     if not granting:
-        return _not_granted(policy, document)
-    asking = [rule for rule in tool.ask if rule.restricts(arguments)]
-    return _granted(policy, document, signature, _deciding(granting, asking), bool(asking))
-
-
-def _deciding(granting: list[Rule], asking: list[Rule]) -> list[Rule]:
-    """Return the rules that decide: those that ask, with a grant if they are none themselves."""
+        return _not_granted(policy, document, signature)
     if not asking:
-        return granting
-    if any(rule in granting for rule in asking):
-        return asking
-    return asking + granting
+        decision = _remembered(policy, document, granting, _allowed)
+    else:
+        # Those that ask decide, with a grant if they are none themselves.
+        granted_by = {rule.id for rule in granting}
+        own = any(rule.id in granted_by for rule in asking)
+        decision = _remembered(policy, document, asking if own else asking + granting, _asked)
+    profile = decision.profile
+    if profile and profile.hide and _names_hidden(profile, document, signature):
+        return _denied(policy, document, "path.hidden", "the profile hides this path")
+    return decision
 
 
-def _granted(
-    policy: Policy, document: Document, signature: Signature, rules: list[Rule], asks: bool
-) -> Decision:
+def _sort(
+    policy: Policy, tool: ToolRules, document: Document, facts: Facts
+) -> tuple[list[Rule], list[Rule], list[Rule]]:
+    """Return the rules that deny, those that grant, and those that ask."""
+    arguments = document.arguments
+    candidates = tool.candidates(arguments)
+    if len(candidates) == 1 and candidates[0].effect is _ALLOW and candidates[0].when is None:
+        # What nearly every Call that is allowed meets.
+        grants = candidates[0].grants(arguments, tool.signature, policy.workspace)
+        return [], [candidates[0]] if grants else [], []
+    known = Known(document, facts)
+    denying: list[Rule] = []
+    granting: list[Rule] = []
+    asking: list[Rule] = []
+    for rule in candidates:
+        effect = rule.effect
+        if effect is not _DENY:
+            grants = rule.grants(arguments, tool.signature, policy.workspace)
+            if grants and (rule.when is None or known.surely_holds(rule)):
+                granting.append(rule)
+        if effect is _ALLOW or not rule.restricts(arguments):
+            continue
+        if rule.when is None or known.may_hold(rule):
+            (denying if effect is _DENY else asking).append(rule)
+    return denying, granting, asking
+
+
+_Make: TypeAlias = "Callable[[Policy, Document, list[Rule]], Decision]"
+
+
+def _remembered(policy: Policy, document: Document, rules: list[Rule], make: _Make) -> Decision:
+    """Make a Decision, or find the one of the same rule for the same tool.
+
+    INVARIANT: ``make`` reads nothing of the Document but the name of its tool.
+    """
+    if len(rules) > 1:
+        return make(policy, document, rules)
+    key = (document.tool, rules[0].id, make)
+    found = policy.decided.get(key)
+    if found is None:
+        if len(policy.decided) >= MAX_DECIDED:
+            policy.decided.clear()
+        found = policy.decided[key] = make(policy, document, rules)
+    return found
+
+
+def _allowed(policy: Policy, document: Document, rules: list[Rule]) -> Decision:
+    return _granted(policy, document, rules, asks=False)
+
+
+def _asked(policy: Policy, document: Document, rules: list[Rule]) -> Decision:
+    return _granted(policy, document, rules, asks=True)
+
+
+def _granted(policy: Policy, document: Document, rules: list[Rule], *, asks: bool) -> Decision:
     # Several grants with several profiles: the Call gets what all of them give, because
     # any other choice would depend on the order of the rules.
     profile = _narrow(policy.profile_of(rule) for rule in rules)
     if isinstance(profile, Denied):
         return _denied(policy, document, profile.code, profile.message)
-    if profile.hide and _names_hidden(profile, document, signature):
-        return _denied(policy, document, "path.hidden", "the profile hides this path")
     names = _ids(rules)
     effect, said = (Effect.ASK, "asks a person") if asks else (Effect.ALLOW, "allows this")
     return Decision(
@@ -111,12 +213,21 @@ def _granted(
         rules=names,
         advice=f"decided at {_places(rules)}" if asks else "",
         profile=profile,
-        enforcement=signature.enforcement,
+        enforcement=_enforcement(document.tool),
+        obligations=_obligations(rules),
     )
 
 
+def _obligations(rules: list[Rule]) -> tuple[Bound, ...]:
+    if not any(rule.bounds for rule in rules):
+        return ()
+    # One written rule may be several compiled ones, and is counted once.
+    found = {bound.id: bound for rule in rules for bound in rule.bounds}
+    return tuple(found[name] for name in sorted(found))
+
+
 def _ids(rules: list[Rule]) -> tuple[str, ...]:
-    return (rules[0].id,) if len(rules) == 1 else tuple(sorted(rule.id for rule in rules))
+    return (rules[0].id,) if len(rules) == 1 else tuple(sorted({rule.id for rule in rules}))
 
 
 def _narrow(profiles: Iterable[Profile]) -> Profile | Denied:
@@ -130,16 +241,23 @@ def _narrow(profiles: Iterable[Profile]) -> Profile | Denied:
 
 
 def _names_hidden(profile: Profile, document: Document, signature: Signature) -> bool:
-    return any(
-        argument.kind in _PATHS and _is_hidden(profile, document.arguments.get(name))
-        for name, argument in signature.arguments.items()
-    )
+    for name, argument in signature.arguments.items():
+        if argument.kind not in _PATHS:
+            continue
+        value = document.arguments.get(name)
+        if value == document.workspace:
+            hidden = hides_folder(profile.hide, document.workspace)
+        else:
+            hidden = _is_hidden(profile, value)
+        if hidden:
+            return True
+    return False
 
 
 def _is_hidden(profile: Profile, value: Json) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_is_hidden(profile, item) for item in value)
-    return isinstance(value, str) and hidden_by(profile.hide, value)
+    if isinstance(value, str):
+        return hidden_by(profile.hide, value)
+    return isinstance(value, list | tuple) and any(_is_hidden(profile, item) for item in value)
 
 
 def _enforcement(tool: str) -> Enforcement:
@@ -171,13 +289,14 @@ def _denied_by(policy: Policy, document: Document, rules: list[Rule]) -> Decisio
     )
 
 
-def _not_granted(policy: Policy, document: Document) -> Decision:
+def _not_granted(policy: Policy, document: Document, signature: Signature | None) -> Decision:
+    section = f"roles.{policy.role}" if policy.role else "tools"
     return Decision(
         effect=Effect.DENY,
         policy=policy.version,
         code="policy.no_rule",
         reason=f"Denied (policy.no_rule): no rule grants {document.tool} with these arguments.",
-        advice=f"under tools in {policy.file} add  {smallest_grant(document)}",
+        advice=f"under {section} in {policy.file} add  {smallest_grant(document, signature)}",
         enforcement=_enforcement(document.tool),
     )
 
@@ -192,29 +311,3 @@ _ADVICE = {
     "policy.profile_conflict": "give the rules that match this call profiles of one engine",
     "policy.workspace": "run it in the workspace the policy was loaded for",
 }
-
-
-def smallest_grant(document: Document) -> str:
-    """Write the rule that would allow this Call and as little else as the language can say."""
-    signature = BUILT_IN.get(document.tool)
-    named: dict[str, object] = {}
-    for name, value in document.arguments.items():
-        if signature and signature.may_be_unnamed(name, value, document.workspace):
-            continue
-        kind = signature.arguments[name].kind if signature else Kind.JSON
-        named[name] = _smallest_matcher(kind, value, document.workspace)
-    # YAML reads JSON, so whatever an agent put into an argument stays inside its quotes.
-    return f"{document.tool}: {json.dumps({'allow': named})}"
-
-
-def _smallest_matcher(kind: Kind, value: Json, workspace: str) -> object:
-    if kind in _PATHS and isinstance(value, str):
-        inside = value.startswith(workspace + "/")
-        path = "$WS" + value[len(workspace) :] if inside else value
-        return [path.translate(_SPECIAL)]
-    if kind is Kind.URL and isinstance(value, str):
-        return [value.translate(_SPECIAL)]
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return list(value)
-    text = scalar_text(value)
-    return "any" if text is None else [text]

@@ -4,6 +4,7 @@
 with the project: it only narrows the user's own policy until a person trusts its digest.
 It counts only where it lies: one reached through a link would carry the trust in another project.
 A file found in the user's or the system's configuration must be writable by them alone.
+Whichever it is, a managed policy of the machine stands above it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from safeconduct.errors import PolicyError
 
+from .cache import cache_of
 from .capability import both
 from .load import POLICY_FILE, POLICY_FOLDER, PolicyFile, compile_policy, read_policy_file
 from .rules import Judged
 from .trust import TrustStore
 
 SYSTEM_POLICY: Final = Path("/etc/safeconduct") / POLICY_FILE
+# What the machine's owner lays down for everybody, beside it: every other policy only narrows it.
+MANAGED_FILE: Final = "managed.yaml"
 VARIABLE: Final = "SAFECONDUCT_POLICY"
 # LIMIT: folders are walked upwards this far at most.
 MAX_PARENTS: Final = 256
@@ -97,7 +102,7 @@ def discover_policy(
         return Found(path=explicit, origin=Origin.EXPLICIT, why="it was named with --policy")
     if named := environment.get(VARIABLE):
         why = f"${VARIABLE} names it"
-        return Found(path=Path(named), origin=Origin.ENVIRONMENT, why=why)
+        return Found(path=start / named, origin=Origin.ENVIRONMENT, why=why)
     for folder in _project_folders(start):
         path = folder / POLICY_FOLDER / POLICY_FILE
         if os.path.lexists(path):
@@ -126,8 +131,48 @@ def resolve_policy(
 
     An untrusted project policy is joined with the user's own, which it can only narrow;
     without one, PolicyError `policy.untrusted` names the command that trusts it. One behind a
-    symbolic link is refused, PolicyError `policy.link`.
+    symbolic link is refused, PolicyError `policy.link`. A ``managed.yaml`` beside ``system`` is
+    joined with what is found, which can then only narrow it.
     """
+    resolution = _resolve(explicit, start, environment, workspace, trust, system)
+    return _managed(resolution, system.parent / MANAGED_FILE)
+
+
+def _managed(resolution: Resolution, path: Path) -> Resolution:
+    """Put the machine's managed policy above the one that was found."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return resolution
+    except OSError as error:
+        # Not `lexists`: what cannot be looked at is not absent.
+        raise PolicyError(
+            f"the machine's managed policy cannot be looked at: {error.strerror}",
+            file=str(path),
+            code="policy.unreadable",
+            hint=f"let everybody read it: chmod 755 {path.parent}",
+        ) from error
+    file = read_policy_file(path)
+    _refuse_not_roots(file)
+    managed = compile_policy(file, workspace=Path(resolution.policy.workspace))
+    # The machine's owner names servers for everybody; others are named as without them.
+    servers = MappingProxyType({**resolution.policy.servers, **managed.servers})
+    return replace(
+        resolution,
+        policy=both(managed, resolution.policy, servers=servers),
+        why=f"{resolution.why}, within {path}",
+        files=(*resolution.files, *file.paths),
+    )
+
+
+def _resolve(
+    explicit: Path | None,
+    start: Path,
+    environment: Mapping[str, str],
+    workspace: Path | None,
+    trust: TrustStore | None,
+    system: Path,
+) -> Resolution:
     found = discover_policy(explicit=explicit, start=start, environment=environment, system=system)
     found.refuse_link()
     file = read_policy_file(found.path)
@@ -139,9 +184,9 @@ def resolve_policy(
         _refuse_shared(file)
     else:
         _refuse_world_writable(file)
-    policy = compile_policy(file, workspace=workspace)
+    policy = compile_policy(file, workspace=workspace, cache=cache_of(environment))
     why = f"using {found.path}: {found.why}"
-    return Resolution(policy=policy, found=found, why=why, files=(found.path,))
+    return Resolution(policy=policy, found=found, why=why, files=file.paths)
 
 
 def _narrowed(
@@ -160,7 +205,7 @@ def _narrowed(
     _refuse_shared(mine)
     policy = both(compile_policy(mine, workspace=folder), compile_policy(file, workspace=folder))
     why = f"using {own.path}, narrowed by {found.path}, which is not trusted"
-    files = (found.path, own.path)
+    files = (*file.paths, *mine.paths)
     return Resolution(policy=policy, found=found, why=why, files=files, trusted=False)
 
 
@@ -196,28 +241,42 @@ def _quoted(path: Path) -> str:
 
 def _refuse_shared(file: PolicyFile) -> None:
     """Refuse a file that others could have changed. Its digest is pinned nowhere."""
-    if file.owner_uid not in (0, os.geteuid()):
-        raise PolicyError(
-            "this policy belongs to another user",
-            file=str(file.path),
-            code="policy.owner",
-            hint="own it yourself, or name it with --policy if you mean it",
-        )
-    if file.mode & 0o022:
-        raise PolicyError(
-            "others can change this policy",
-            file=str(file.path),
-            code="policy.mode",
-            hint=f"chmod go-w {file.path}",
-        )
+    for one in file.chain:
+        if one.owner_uid not in (0, os.geteuid()):
+            raise PolicyError(
+                "this policy belongs to another user",
+                file=str(one.path),
+                code="policy.owner",
+                hint="own it yourself, or name it with --policy if you mean it",
+            )
+        if one.mode & 0o022:
+            raise PolicyError(
+                "others can change this policy",
+                file=str(one.path),
+                code="policy.mode",
+                hint=f"chmod go-w {one.path}",
+            )
+
+
+def _refuse_not_roots(file: PolicyFile) -> None:
+    """Refuse a managed policy that anybody but the machine's owner could have written."""
+    for one in file.chain:
+        if one.owner_uid != 0 or one.mode & 0o022:
+            raise PolicyError(
+                "the machine's managed policy must belong to root, and to nobody else",
+                file=str(one.path),
+                code="policy.owner",
+                hint=f"chown root {one.path} && chmod 644 {one.path}",
+            )
 
 
 def _refuse_world_writable(file: PolicyFile) -> None:
     """Refuse even a named file that everybody can change. A group may be the operator's own."""
-    if file.mode & 0o002:
-        raise PolicyError(
-            "everybody can change this policy",
-            file=str(file.path),
-            code="policy.mode",
-            hint=f"chmod o-w {file.path}",
-        )
+    for one in file.chain:
+        if one.mode & 0o002:
+            raise PolicyError(
+                "everybody can change this policy",
+                file=str(one.path),
+                code="policy.mode",
+                hint=f"chmod o-w {one.path}",
+            )

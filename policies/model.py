@@ -8,40 +8,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
-from safeconduct.call import Engine, Tier, WorkspaceMode
+from safeconduct.call import Engine, Per, Tier, Unit, WorkspaceMode
 
+from .bounds import check_amounts, parse_amount, parse_rate
+from .model_matchers import Arguments
+from .model_words import (
+    MAX_BOUNDS,
+    MAX_IMPORTS,
+    MAX_PATTERNS,
+    MAX_PROFILES,
+    MAX_ROLES,
+    MAX_RULES_PER_TOOL,
+    MAX_SERVERS,
+    MAX_SYSCALLS,
+    MAX_TOOLS,
+    MAX_WHEN,
+    Model,
+    Module,
+    OneOrMore,
+    Pattern,
+    Patterns,
+    RuleId,
+    ToolName,
+    Word,
+)
 from .units import parse_count, parse_duration_ms, parse_size_bytes
-
-MAX_TOOLS = 4096
-MAX_RULES_PER_TOOL = 8192
-MAX_PROFILES = 256
-MAX_PATTERNS = 4096
-MAX_ARGUMENTS = 64
-MAX_IMPORTS = 64
-MAX_SYSCALLS = 64
-# The key that `allow: any` becomes. It cannot be an argument's name.
-ANY_CALL = "*"
-WORD = r"^[A-Za-z0-9_-]{1,64}$"
-TOOL_NAME = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
-ARGUMENT_NAME = r"^(\*|[A-Za-z_][A-Za-z0-9_.$-]{0,127})$"
-
-Word: TypeAlias = Annotated[str, StringConstraints(pattern=WORD)]
-RuleId: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-ToolName: TypeAlias = Annotated[str, StringConstraints(pattern=TOOL_NAME, max_length=128)]
-ArgumentName: TypeAlias = Annotated[str, StringConstraints(pattern=ARGUMENT_NAME)]
-Pattern: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-Patterns: TypeAlias = Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)]
-# The dotted name of a Python module; ASCII, so that no two spellings are one name.
-MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
-Module: TypeAlias = Annotated[str, StringConstraints(pattern=MODULE, max_length=128)]
-
-
-class Model(BaseModel):
-    """A map of the policy file: unknown keys are errors, values do not change afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _flag(value: object) -> bool:
@@ -96,82 +89,40 @@ class ProfileSpec(Model):
     limits: LimitsSpec | None = None
 
 
-class TextSpec(Model):
-    """Any text of at most ``max`` bytes of UTF-8."""
-
-    max: Annotated[int, _Size, Field(ge=0, le=1 << 20)]
-
-
-class ElementSpec(Model):
-    """One element of a list: a literal, or a matcher where the list is an argv."""
-
-    literal: Annotated[str, Field(max_length=4096)] | None = None
-    path: Patterns | None = None
-    in_: Annotated[list[str], Field(max_length=MAX_PATTERNS)] | None = Field(None, alias="in")
-    range: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
-    text: TextSpec | None = None
+def _rate(value: object) -> tuple[int, int]:
+    if not isinstance(value, str):
+        raise ValueError("expected a rate such as 20/h")
+    return parse_rate(value)
 
 
-def _element(value: object) -> object:
-    return {"literal": value} if isinstance(value, str) else value
+Rate: TypeAlias = Annotated[tuple[int, int], BeforeValidator(_rate)]
 
 
-Element: TypeAlias = Annotated[ElementSpec, BeforeValidator(_element)]
-Elements: TypeAlias = Annotated[list[Element], Field(max_length=MAX_PATTERNS)]
+def _amounts(value: object, info: ValidationInfo) -> object:
+    listed = cast("list[object]", value) if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in listed):
+        raise ValueError("expected an amount, or a list of them")
+    unit = Unit(str(info.field_name))
+    amounts = [parse_amount(unit, str(item)) for item in listed]
+    check_amounts(unit, amounts)
+    return amounts
 
 
-class MatcherSpec(Model):
-    """What one argument may be. Exactly one field is set; ``items`` is the bare list."""
-
-    any: Literal["any"] | None = None
-    items: Elements | None = None
-    path: Patterns | None = None
-    url: Patterns | None = None
-    argv: Elements | None = None
-    in_: Annotated[list[str], Field(max_length=MAX_PATTERNS)] | None = Field(None, alias="in")
-    range: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
-    text: TextSpec | None = None
-
-    def form(self) -> str:
-        """Name the one matcher that is written, or the empty text where there is not one."""
-        written = [name.rstrip("_") for name in self.model_fields_set]
-        return written[0] if len(written) == 1 else ""
+Amounts: TypeAlias = Annotated[tuple[tuple[int, Per], ...], BeforeValidator(_amounts)]
 
 
-def _matcher(value: object) -> object:
-    if value == "any":
-        return {"any": "any"}
-    if isinstance(value, str):
-        raise ValueError("expected a list, a matcher or any")
-    if isinstance(value, list):
-        return {"items": cast("list[object]", value)}
-    if isinstance(value, dict):
-        forms = cast("dict[str, object]", value)
-        if len(forms) != 1:
-            raise ValueError("expected exactly one matcher")
-        if "items" in forms or "any" in forms:
-            raise ValueError("expected a list, a matcher or any")
-        return forms
-    return value
+class BudgetSpec(Model):
+    """What the calls of a rule may use in a session or a day, and what each counts for."""
 
+    calls: Amounts = ()
+    bytes: Amounts = ()
+    money: Amounts = ()
+    tokens: Amounts = ()
 
-Matcher: TypeAlias = Annotated[MatcherSpec, BeforeValidator(_matcher)]
-
-
-def _arguments(value: object) -> object:
-    if value == "any":
-        return {ANY_CALL: "any"}
-    if isinstance(value, dict):
-        arguments = cast("dict[str, object]", value)
-        if ANY_CALL in arguments:
-            raise ValueError("* is not an argument; write any instead of the map")
-        return arguments
-    raise ValueError("expected any, or a map from argument to matcher")
-
-
-Arguments: TypeAlias = Annotated[
-    dict[ArgumentName, Matcher], BeforeValidator(_arguments), Field(max_length=MAX_ARGUMENTS)
-]
+    def amounts(self) -> dict[Unit, tuple[tuple[int, Per], ...]]:
+        """Return the amounts of each unit that is bounded."""
+        found = {unit: cast("tuple[tuple[int, Per], ...]", getattr(self, unit)) for unit in Unit}
+        return {unit: amounts for unit, amounts in found.items() if amounts}
 
 
 class RuleSpec(Model):
@@ -180,8 +131,12 @@ class RuleSpec(Model):
     allow: Arguments | None = None
     ask: Arguments | None = None
     deny: Arguments | None = None
+    optional: Arguments | None = None
     profile: Word | None = None
     id: RuleId | None = None
+    when: Annotated[str, Field(min_length=1, max_length=MAX_WHEN)] | None = None
+    rate: Annotated[tuple[Rate, ...], OneOrMore, Field(min_length=1, max_length=MAX_BOUNDS)] = ()
+    budget: BudgetSpec | None = None
 
 
 def _rules(value: object) -> object:
@@ -190,16 +145,53 @@ def _rules(value: object) -> object:
 
 Rules: TypeAlias = Annotated[
     list[RuleSpec],
+    FailFast(),
     BeforeValidator(_rules),
     Field(min_length=1, max_length=MAX_RULES_PER_TOOL),
 ]
+
+
+Tools: TypeAlias = Annotated[
+    dict[ToolName, Rules], Field(max_length=MAX_TOOLS, default_factory=dict)
+]
+
+
+class RoleSpec(Model):
+    """What a session in one role may do; ``narrows`` names the role it stays within."""
+
+    narrows: Word | None = None
+    tools: Tools
+
+
+def _role(value: object) -> object:
+    """Part `narrows` from the tools, beside which it is written."""
+    if not isinstance(value, dict):
+        raise ValueError("expected a map from tool to rules")
+    written = cast("dict[str, object]", value)
+    tools = {name: rules for name, rules in written.items() if name != "narrows"}
+    return {"tools": tools} | ({"narrows": written["narrows"]} if "narrows" in written else {})
+
+
+class ServerSpec(Model):
+    """A server the operator names: the command that runs it, and where."""
+
+    run: Annotated[list[Pattern], Field(min_length=1, max_length=MAX_PATTERNS)]
+    profile: Word | None = None
 
 
 class PolicySpec(Model):
     """A whole policy file."""
 
     version: Literal["1"]
+    extends: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     require: RequireSpec = RequireSpec()
     workspace: Annotated[str, Field(min_length=1, max_length=4096)] = "project"
-    profiles: Annotated[dict[Word, ProfileSpec], Field(max_length=MAX_PROFILES)] = {}
-    tools: Annotated[dict[ToolName, Rules], Field(max_length=MAX_TOOLS)] = {}
+    profiles: Annotated[
+        dict[Word, ProfileSpec], Field(max_length=MAX_PROFILES, default_factory=dict)
+    ]
+    servers: Annotated[dict[Word, ServerSpec], Field(max_length=MAX_SERVERS, default_factory=dict)]
+    tools: Tools
+    roles: Annotated[
+        dict[Word, Annotated[RoleSpec, BeforeValidator(_role)]],
+        Field(max_length=MAX_ROLES, default_factory=dict),
+    ]

@@ -8,28 +8,24 @@ so nothing is judged on one object and executed on another. Nothing is cached.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from safeconduct.errors import Denied
 
-# https://man7.org/linux/man-pages/man2/openat2.2.html, Linux 5.6; one number on every
-# architecture whose table began after the syscall numbers were unified.
-_SYS_OPENAT2: Final = 437
-_RESOLVE_NO_MAGICLINKS: Final = 0x02
-_RESOLVE_BENEATH: Final = 0x08
-# LIMIT: openat2 answers EAGAIN when a rename raced with a `..` inside a symlink.
-_MAX_RACES: Final = 16
+from .openat2 import open_beneath, open_from, open_plain
+
 MAX_PATH_BYTES: Final = 4096
-_EXPANDED = re.compile(r"^~|^[A-Za-z][A-Za-z0-9+.-]+:|\\|\$|`|%[0-9A-Fa-f]{2}|^[ ]|[ ]$")
+# A home, a URL, an escape, an expansion, an option, a pipe (perl's and ruby's open), a space.
+_EXPANDED = re.compile(r"^[~|-]|^[A-Za-z][A-Za-z0-9+.-]+:|\\|\$|`|%[0-9A-Fa-f]{2}|^[ ]|[ |]$")
 _OPEN: Final = os.O_PATH | os.O_CLOEXEC
+# Legal in a name, but its only known use is to forge lines in logs and prompts.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _CODES: Final = {
     errno.ENOENT: ("path.not_found", "there is nothing at this path"),
@@ -60,46 +56,6 @@ class Resolved:
     name: str | None = None
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = (
-        ("flags", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-        ("resolve", ctypes.c_uint64),
-    )
-
-
-@functools.cache
-def _syscall() -> Callable[..., int]:
-    function = ctypes.CDLL(None, use_errno=True).syscall
-    function.restype = ctypes.c_long
-    function.argtypes = (
-        ctypes.c_long,
-        ctypes.c_int,
-        ctypes.c_char_p,
-        ctypes.POINTER(_OpenHow),
-        ctypes.c_size_t,
-    )
-    return function
-
-
-def _openat2(folder_fd: int, path: str, *, flags: int, resolve: int) -> int:
-    """Open with resolution rules; raise OSError. The caller owns the descriptor."""
-    how = _OpenHow(flags, 0, resolve)
-    code = 0
-    for _ in range(_MAX_RACES):
-        # SAFETY: `how` outlives the call and its true size is passed; the path is a
-        # NUL-terminated copy without inner NULs (split_path refuses them).
-        fd = _syscall()(
-            _SYS_OPENAT2, folder_fd, path.encode(), ctypes.byref(how), ctypes.sizeof(how)
-        )
-        if fd >= 0:
-            return fd
-        code = ctypes.get_errno()
-        if code not in (errno.EAGAIN, errno.EINTR):
-            break
-    raise OSError(code, os.strerror(code))
-
-
 def show(text: str) -> str:
     """Quote hostile text for a message: ASCII only, at most 80 characters of it."""
     return ascii(text[:80]) + ("…" if len(text) > 80 else "")
@@ -109,6 +65,22 @@ def split_path(text: str) -> list[str]:
     """Split a path into components after the refusals that need no kernel."""
     if not text:
         raise Denied("the path is empty", code="path.empty")
+    # Nearly all are printable ASCII, which one look tells.
+    if len(text) > MAX_PATH_BYTES or not (text.isascii() and text.isprintable()):
+        _refuse_text(text)
+    components = [component for component in text.split("/") if component not in ("", ".")]
+    if ".." in components:
+        hint = "write the path without .."
+        raise Denied("the path holds ..", code="path.dotdot", hint=hint)
+    return components
+
+
+def _names_folder(text: str) -> bool:
+    """Tell whether only a folder can be at a path: the kernel says ENOTDIR of `file/`."""
+    return text.endswith(("/", "/."))
+
+
+def _refuse_text(text: str) -> None:
     if "\0" in text:
         raise Denied("the path holds a NUL", code="path.nul")
     try:
@@ -117,28 +89,37 @@ def split_path(text: str) -> list[str]:
         raise Denied("the path is not valid Unicode", code="path.encoding") from error
     if size > MAX_PATH_BYTES:
         raise Denied(f"the path is longer than {MAX_PATH_BYTES} bytes", code="path.too_long")
-    # Legal in a name, but its only known use is to forge lines in logs and prompts.
-    if any(character < " " or "\x7f" <= character < "\xa0" for character in text):
+    if _CONTROL.search(text):
         raise Denied("the path holds a control character", code="path.control")
-    components = [component for component in text.split("/") if component not in ("", ".")]
-    if ".." in components:
-        hint = "write the path without .."
-        raise Denied("the path holds ..", code="path.dotdot", hint=hint)
-    return components
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where a resolution begins: the workspace, which it may not leave, or the root."""
+    """Where a resolution begins: the workspace, which it may not leave, or the root.
+
+    ``inside`` is the workspace, or None where the resolution may leave it.
+    """
 
     fd: int
-    resolve: int
+    inside: str | None
     components: list[str]
 
     def open(self, count: int, flags: int = 0) -> int:
         """Open the first ``count`` components."""
         path = "/".join(self.components[:count]) or "."
-        return _openat2(self.fd, path, flags=_OPEN | flags, resolve=self.resolve)
+        return (open_from if self.inside is None else open_beneath)(self.fd, path, flags)
+
+    def name(self, fd: int) -> str:
+        """Read back the name of what was opened; it lies in the workspace if it began there."""
+        return real_path(fd) if self.inside is None else _name_inside(fd, self.inside)
+
+    def name_or_close(self, fd: int) -> str:
+        """Do the same for a descriptor that is of no use without its name."""
+        try:
+            return self.name(fd)
+        except Denied:
+            os.close(fd)
+            raise
 
 
 class PathResolver:
@@ -148,17 +129,7 @@ class PathResolver:
         self._workspace = workspace
         self._inside = workspace.strip("/").split("/")
         self._fds: list[int] = []
-        try:
-            self._home = self._keep(os.open(workspace, _OPEN | os.O_DIRECTORY | os.O_NOFOLLOW))
-            if real_path(self._home) != workspace:
-                message = "the workspace is no longer where the policy found it"
-                raise Denied(message, code="path.workspace")
-        except OSError as error:
-            self.close()
-            raise _denied(error, workspace) from error
-        except Denied:
-            self.close()
-            raise
+        self._home: int | None = None
 
     def __enter__(self) -> PathResolver:
         return self
@@ -173,19 +144,43 @@ class PathResolver:
 
     def existing(self, text: str) -> Resolved:
         """Resolve a path to an object that exists."""
-        start = self._start(split_path(text), text)
+        components = split_path(text)
+        flags = os.O_DIRECTORY if _names_folder(text) else 0
+        found = self._without_links(components, text, flags)
+        if found is not None:
+            return found
+        start = self._start(components, text)
         try:
-            fd = start.open(len(start.components))
+            fd = start.open(len(start.components), flags)
         except OSError as error:
             raise _denied(error, text) from error
-        return Resolved(path=_real_or_close(fd), fd=fd)
+        return Resolved(path=start.name_or_close(fd), fd=fd)
+
+    def _without_links(self, components: list[str], text: str, flags: int) -> Resolved | None:
+        """Open an object of the workspace in one step, which works where nothing is a link.
+
+        Without links and without `..` nothing leads out. None for whatever does not open so:
+        the long way says what it is.
+        """
+        inside = self._within(components, text)
+        if not inside:
+            return None
+        try:
+            fd = open_plain(f"{self._workspace}/{'/'.join(inside)}", flags)
+        except OSError:
+            return None
+        try:
+            return Resolved(path=_name_inside(fd, self._workspace), fd=fd)
+        except Denied:
+            os.close(fd)
+            raise
 
     def new(self, text: str) -> Resolved:
         """Resolve a path to an object, or to a free name in a folder that exists."""
         try:
             return self.existing(text)
         except Denied as denied:
-            if denied.code != "path.not_found":
+            if denied.code != "path.not_found" or _names_folder(text):
                 raise
         start = self._start(split_path(text), text)
         try:
@@ -193,7 +188,7 @@ class PathResolver:
         except OSError as error:
             raise _denied(error, text) from error
         name = start.components[-1]
-        folder = _real_or_close(parent)
+        folder = start.name_or_close(parent)
         try:
             _refuse_taken(parent, name, text)
         except Denied:
@@ -205,8 +200,9 @@ class PathResolver:
         """Return the real path of what a tool will open itself.
 
         It need not exist yet: then its nearest existing folder is resolved and the rest are
-        plain names. Spellings that a tool may expand on its own (`~`, `file://`, `%2e`,
-        `\\`, `$`) are refused, because it would open something else than was judged.
+        plain names. Spellings that a tool may read on its own (`~`, `file://`, `%2e`,
+        `\\`, `$`, a leading `-` or `|`) are refused, because it would open something else than was
+        judged.
         """
         components = split_path(text)
         if _EXPANDED.search(text):
@@ -219,7 +215,7 @@ class PathResolver:
         except OSError as error:
             raise _denied(error, text) from error
         try:
-            path = real_path(fd)
+            path = start.name(fd)
             missing = start.components[count:]
             if missing:
                 _refuse_taken(fd, missing[0], text)
@@ -233,17 +229,32 @@ class PathResolver:
         self._fds.append(fd)
         return fd
 
-    def _start(self, components: list[str], text: str) -> _Start:
-        inside = len(self._inside)
+    def _within(self, components: list[str], text: str) -> list[str] | None:
+        """Return the components below the workspace; None for a path of another place."""
         if not text.startswith("/"):
-            return self._beneath(components)
-        if components[:inside] == self._inside:
-            return self._beneath(components[inside:])
-        root = self._keep(os.open("/", _OPEN | os.O_DIRECTORY))
-        return _Start(root, _RESOLVE_NO_MAGICLINKS, components)
+            return components
+        above = len(self._inside)
+        return components[above:] if components[:above] == self._inside else None
 
-    def _beneath(self, components: list[str]) -> _Start:
-        return _Start(self._home, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS, components)
+    def _start(self, components: list[str], text: str) -> _Start:
+        inside = self._within(components, text)
+        if inside is not None:
+            return _Start(self._open_home(), self._workspace, inside)
+        # Nothing is judged where the workspace is not what the policy means by it.
+        self._open_home()
+        root = self._keep(os.open("/", _OPEN | os.O_DIRECTORY))
+        return _Start(root, None, components)
+
+    def _open_home(self) -> int:
+        """Open the workspace, once for a Call."""
+        if self._home is None:
+            try:
+                # Nothing on the way is a link, so this is the folder that the policy found.
+                self._home = self._keep(open_plain(self._workspace))
+            except OSError as error:
+                moved = error.errno == errno.ELOOP
+                raise (_moved() if moved else _denied(error, self._workspace)) from error
+        return self._home
 
     def _longest_existing(self, start: _Start, text: str) -> int:
         # Bisection: 4,096 bytes hold 2,048 components, and each try walks all of them.
@@ -264,17 +275,21 @@ def real_path(fd: int) -> str:
     """Read the name of an open object back from the kernel; Denied where it has none."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")
-        path.encode("utf-8")
-        status = os.fstat(fd)
-        if not path.startswith("/") or status.st_nlink == 0:
+        plain = path.isascii() and path.isprintable()
+        if not plain:
+            path.encode("utf-8")
+        if not path.startswith("/"):
             raise Denied("the object has no name any more", code="path.deleted")
-        if path.endswith(" (deleted)") and not os.path.samestat(os.lstat(path), status):
-            raise Denied("the object has no name any more", code="path.deleted")
+        # The kernel says so of every name that is gone, but a name may also end like this.
+        if path.endswith(" (deleted)"):
+            status = os.fstat(fd)
+            if status.st_nlink == 0 or not os.path.samestat(os.lstat(path), status):
+                raise Denied("the object has no name any more", code="path.deleted")
     except UnicodeEncodeError as error:
         raise Denied("the real path is not UTF-8", code="path.encoding") from error
     except OSError as error:
         raise Denied("the object has no name any more", code="path.deleted") from error
-    if any(character < " " or "\x7f" <= character < "\xa0" for character in path):
+    if not plain and _CONTROL.search(path):
         raise Denied("the real path holds a control character", code="path.control")
     if path == "/proc" or path.startswith("/proc/"):
         # We would read our own environment and memory, not the agent's.
@@ -291,18 +306,24 @@ def check_holds(fd: int, *, folder: bool) -> None:
         raise Denied("the path is not a regular file", code="path.not_file")
 
 
-def _real_or_close(fd: int) -> str:
-    try:
-        return real_path(fd)
-    except Denied:
-        os.close(fd)
-        raise
+def _name_inside(fd: int, workspace: str) -> str:
+    path = real_path(fd)
+    # The workspace may have been renamed, or lie on a file system that takes several spellings
+    # for one name: then no rule of the policy means what it says.
+    if not f"{path}/".startswith(f"{workspace}/"):
+        raise _moved()
+    return path
+
+
+def _moved() -> Denied:
+    message = "the workspace is no longer where the policy found it"
+    return Denied(message, code="path.workspace")
 
 
 def _refuse_taken(folder_fd: int, name: str, text: str) -> None:
     """Make sure a name that did not resolve is free, and not a link to nowhere."""
     try:
-        fd = _openat2(folder_fd, name, flags=_OPEN | os.O_NOFOLLOW, resolve=_RESOLVE_BENEATH)
+        fd = open_beneath(folder_fd, name, os.O_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from safeconduct.call import LIMIT_FIELDS, Engine, Limits, Profile, WorkspaceMode
+from safeconduct.call import LIMIT_FIELDS, Engine, Limits, Profile
 from safeconduct.syscalls import ADDABLE, NEVER, why_never
 
 from .forms import Loc, compile_pattern
@@ -18,10 +18,17 @@ MAX_LIKE = 16
 
 
 def compile_profiles(
-    specs: Mapping[str, ProfileSpec], source: Source, workspace: str
+    specs: Mapping[str, ProfileSpec],
+    source: Source,
+    workspace: str,
+    inherited: Mapping[str, Profile],
 ) -> dict[str, Profile]:
-    """Compile every profile; PolicyError where one copies nothing, or nothing can enforce it."""
-    return _Profiles(specs, source, workspace).compile()
+    """Compile every profile; PolicyError where one copies nothing, or nothing can enforce it.
+
+    ``inherited`` are those of the policy that this one extends; `like` may name them, also the
+    namesake of a profile.
+    """
+    return {**inherited, **_Profiles(specs, source, workspace, inherited).compile()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +38,22 @@ class _Profiles:
     specs: Mapping[str, ProfileSpec]
     source: Source
     workspace: str
+    inherited: Mapping[str, Profile]
 
     def compile(self) -> dict[str, Profile]:
         return {name: self._compile(name) for name in self.specs}
 
     def _compile(self, name: str) -> Profile:
-        profile = Profile(name=name)
-        for ancestor in reversed(self._lineage(name)):
+        lineage, first = self._lineage(name)
+        profile = replace(first, name=name)
+        for ancestor in reversed(lineage):
             profile = self._apply(profile, ancestor)
         if profile.engine is Engine.NATIVE and profile.limits.fuel is not None:
             position = self.source.node(("profiles", name, "limits", "fuel")).position
             message = f"profile {name!r} sets fuel, which bounds only the wasm engine"
             hint = "use cpu and wall, or engine: wasm"
             raise self.source.error(position, message, hint=hint)
-        if profile.engine is not Engine.NATIVE and profile.workspace is WorkspaceMode.OVERLAY:
+        if profile.engine is not Engine.NATIVE and profile.workspace.overlaid:
             position = self.source.node(("profiles", name)).position
             message = f"profile {name!r} asks for an overlay, which a wasm module does not write to"
             hint = "write workspace: direct, or engine: native"
@@ -56,18 +65,22 @@ class _Profiles:
             raise self.source.error(position, message, hint=hint)
         return profile
 
-    def _lineage(self, name: str) -> list[str]:
+    def _lineage(self, name: str) -> tuple[list[str], Profile]:
+        """Return the profiles that one copies, itself first, and the one that the last copies."""
         lineage = [name]
         while (like := self.specs[lineage[-1]].like) is not None:
             position = self.source.node(("profiles", lineage[-1], "like")).position
+            own = like in self.specs and like != lineage[-1]
+            if not own and like in self.inherited:
+                return lineage, self.inherited[like]
             if like not in self.specs:
-                hint = did_you_mean(like, self.specs)
+                hint = did_you_mean(like, {**self.inherited, **self.specs})
                 raise self.source.error(position, f"there is no profile {like!r}", hint=hint)
             if like in lineage or len(lineage) >= MAX_LIKE:
                 hint = f"profiles copy one another along at most {MAX_LIKE} steps, in no circle"
                 raise self.source.error(position, "like never ends", hint=hint)
             lineage.append(like)
-        return lineage
+        return lineage, Profile(name=name)
 
     def _apply(self, profile: Profile, name: str) -> Profile:
         spec, loc = self.specs[name], ("profiles", name)

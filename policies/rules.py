@@ -1,106 +1,54 @@
-"""Policy step 3: the compiled policy. Immutable values, indexed by tool; no I/O, no state.
-
-How a rule binds (INVARIANT, decision.py relies on it): allow and ask *grant* only Calls
-whose every argument they name (or that the signature leaves free); ask and deny *restrict*
-every Call whose named arguments match, whatever else it carries, so that an extra argument
-never slips past a deny. A list under a matcher that takes one value grants only if all of
-its elements match and restricts if any does.
-"""
+"""Policy step 3: the compiled policy. Immutable values, indexed by tool; no I/O, no state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard
+from types import MappingProxyType
+from typing import Protocol
 
-from safeconduct.call import Effect, Json, Profile, Tier
+from safeconduct.call import Decision, Profile, Tier
 
-from .match import AnyValue, Argv, Matcher
+from .binding import Rule, ToolRules, Wildcard, holds_all, holds_any, implied_by, join_rules
 from .signatures import BUILT_IN, Signature
 from .syntax import Position
 
+__all__ = [
+    "Judged",
+    "Policy",
+    "Role",
+    "Rule",
+    "Server",
+    "ToolRules",
+    "Wildcard",
+    "holds_all",
+    "holds_any",
+]
+
+# LIMIT: tool names whose rules are remembered; an agent can make up any number of names.
+MAX_NAMES = 1024
+# LIMIT: Decisions of one rule that are remembered.
+MAX_DECIDED = 8192
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """One compiled rule. ``matchers`` is None for `any`; ``where`` is `file:line`."""
+class Role:
+    """What a session in one role may do, within what the role ``narrows`` may do."""
 
-    id: str
-    tool: str
-    effect: Effect
-    matchers: Mapping[str, Matcher] | None
-    rest: bool = False
+    name: str
+    narrows: str | None = None
+    tools: Mapping[str, ToolRules]
+    wildcards: tuple[Wildcard, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A server that the operator named: the command that runs it and its profile."""
+
+    name: str
+    run: tuple[str, ...]
     profile: str | None = None
-    file: str = ""
-    position: Position = field(default=Position(0, 0))
-
-    @property
-    def where(self) -> str:
-        """Say where the rule stands."""
-        return f"{self.file}:{self.position.line}"
-
-    def grants(self, arguments: Mapping[str, Json], signature: Signature, workspace: str) -> bool:
-        """Tell whether the rule covers every argument of the Call."""
-        if self.matchers is None:
-            return True
-        for name, matcher in self.matchers.items():
-            if name not in arguments or not holds_all(matcher, arguments[name]):
-                return False
-        return self.rest or not self.unnamed(arguments, signature, workspace)
-
-    def restricts(self, arguments: Mapping[str, Json]) -> bool:
-        """Tell whether the arguments that the rule names match, whatever the others are."""
-        if self.matchers is None:
-            return True
-        return all(
-            name in arguments and holds_any(matcher, arguments[name])
-            for name, matcher in self.matchers.items()
-        )
-
-    def unnamed(
-        self, arguments: Mapping[str, Json], signature: Signature, workspace: str
-    ) -> list[str]:
-        """Return the arguments that this rule neither names nor leaves free."""
-        named = self.matchers or {}
-        if len(named) == len(arguments) and all(name in named for name in arguments):
-            return []
-        return [
-            name
-            for name, value in arguments.items()
-            if name not in named and not signature.may_be_unnamed(name, value, workspace)
-        ]
-
-
-def holds_all(matcher: Matcher, value: Json) -> bool:
-    """Match a value, or every element of a list that is not empty."""
-    if _is_list(value) and not isinstance(matcher, AnyValue | Argv):
-        return len(value) > 0 and all(matcher.matches(item) for item in value)
-    return matcher.matches(value)
-
-
-def holds_any(matcher: Matcher, value: Json) -> bool:
-    """Match a value, or some element of a list."""
-    if _is_list(value) and not isinstance(matcher, AnyValue | Argv):
-        return any(matcher.matches(item) for item in value)
-    return matcher.matches(value)
-
-
-def _is_list(value: Json) -> TypeGuard[Sequence[Json]]:
-    return isinstance(value, list | tuple)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolRules:
-    """The rules of one tool by effect, with the signature that its Calls must fit."""
-
-    signature: Signature
-    allow: tuple[Rule, ...] = ()
-    ask: tuple[Rule, ...] = ()
-    deny: tuple[Rule, ...] = ()
-
-    @property
-    def all(self) -> tuple[Rule, ...]:
-        """Return every rule: deny first, as they are judged."""
-        return self.deny + self.ask + self.allow
 
 
 class Judged(Protocol):
@@ -136,6 +84,18 @@ class Judged(Protocol):
         """The policies whose strictest verdict counts."""
         ...
 
+    @property
+    def servers(self) -> Mapping[str, Server]:
+        """The servers that the operator named."""
+        ...
+
+    def for_role(self, name: str | None) -> Judged:
+        """Return what is judged in a session of this role; None is a session without one.
+
+        PolicyError ``policy.unknown_role`` where there is no such role.
+        """
+        ...
+
     def signature(self, tool: str) -> Signature | None:
         """Return the signature of a tool this policy speaks of, else None."""
         ...
@@ -143,7 +103,11 @@ class Judged(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A compiled policy file. ``version`` is `sha256:<hex>` of its bytes."""
+    """A compiled policy file. ``version`` is `sha256:<hex>` of its bytes.
+
+    ``tools`` and ``wildcards`` are what is judged: those of the sessions without a role, or of
+    the one in ``role``.
+    """
 
     file: str
     version: str
@@ -154,6 +118,23 @@ class Policy:
     tools: Mapping[str, ToolRules]
     default_profile: Profile
     profile_positions: Mapping[str, Position]
+    wildcards: tuple[Wildcard, ...] = ()
+    role: str | None = None
+    roles: Mapping[str, Role] = field(default_factory=lambda: MappingProxyType(dict[str, Role]()))
+    servers: Mapping[str, Server] = field(
+        default_factory=lambda: MappingProxyType(dict[str, Server]())
+    )
+    # The Decisions that one rule alone made, for `decide`, which makes them of nothing else.
+    decided: dict[tuple[str, str, object], Decision] = field(
+        default_factory=dict[tuple[str, str, object], Decision],
+        init=False,
+        repr=False,
+        compare=False,
+    )
+    # What rules_of found. It only remembers: nothing that is judged depends on what is in it.
+    _names: dict[str, ToolRules | None] = field(
+        default_factory=dict[str, "ToolRules | None"], init=False, repr=False, compare=False
+    )
 
     @property
     def parts(self) -> tuple[Policy, ...]:
@@ -162,8 +143,56 @@ class Policy:
 
     def signature(self, tool: str) -> Signature | None:
         """Return the signature of a tool: ours, or the one its rules imply."""
-        found = self.tools.get(tool)
+        found = self.rules_of(tool)
         return found.signature if found else BUILT_IN.get(tool)
+
+    def rules_of(self, tool: str) -> ToolRules | None:
+        """Return the rules that a Call of this tool meets: those of its name and its wildcards."""
+        if not self.wildcards:
+            return self.tools.get(tool)
+        try:
+            return self._names[tool]
+        except KeyError:
+            found = join_rules(tool, self.tools.get(tool), self.wildcards)
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()
+            self._names[tool] = found
+            return found
+
+    def each(self) -> Iterator[tuple[str, ToolRules]]:
+        """Yield each name of a tool as written, with the rules that bind its Calls.
+
+        A name with wildcards comes with its own rules and the denies that surely cover it.
+        """
+        for tool, exact in self.tools.items():
+            yield tool, self.rules_of(tool) or exact
+        for wildcard in self.wildcards:
+            name = wildcard.pattern.pattern
+            denies = (item.deny for item in self.wildcards if item.pattern.matches(name))
+            yield (
+                name,
+                ToolRules(
+                    signature=implied_by(name, wildcard.all),
+                    allow=wildcard.allow,
+                    ask=wildcard.ask,
+                    deny=tuple(rule for listed in denies for rule in listed),
+                ),
+            )
+
+    def every_rule(self) -> Iterator[Rule]:
+        """Yield every rule of the file once, as written, those of all roles among them."""
+        roles: tuple[Policy | Role, ...] = (self, *self.roles.values())
+        for role in roles:
+            named: list[ToolRules | Wildcard] = [*role.tools.values(), *role.wildcards]
+            for rules in named:
+                for _, compiled in itertools.groupby(rules.all, key=lambda rule: rule.id):
+                    yield next(compiled)
+
+    def for_role(self, name: str | None) -> Judged:
+        """Return what is judged in a session of this role: one part for each role in the chain."""
+        from .capability import judged_in_role
+
+        return judged_in_role(self, name)
 
     def profile_of(self, rule: Rule) -> Profile:
         """Return where a rule runs its Calls."""

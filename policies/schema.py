@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from safeconduct.call import Json
+from safeconduct.call import Json, WorkspaceMode
 from safeconduct.syscalls import ADDABLE
 
-from .model import MAX_PATTERNS, TOOL_NAME, WORD
+from .match_json import Type
+from .model_words import MAX_BOUNDS, MAX_PATTERNS, TOOL_NAME, WORD
 from .signatures import BUILT_IN
 
+_TEXT: Final[Json] = {"type": "string", "minLength": 1, "maxLength": 4096}
 _SCALAR: Final[Json] = {"type": ["string", "number", "boolean"]}
 _PATTERNS: Final[Json] = {
     "type": "array",
-    "items": {"type": "string", "minLength": 1, "maxLength": 4096},
+    "items": _TEXT,
     "minItems": 1,
     "maxItems": MAX_PATTERNS,
 }
@@ -27,10 +29,23 @@ _WORDS: Final[Json] = {
     "minItems": 1,
     "maxItems": MAX_PATTERNS,
 }
+_PATTERNS_OR_ANY: Final[Json] = {"anyOf": [{"const": "any"}, _PATTERNS]}
 _RANGE: Final[Json] = {"type": "array", "items": _SCALAR, "minItems": 2, "maxItems": 2}
 _DURATION: Final[Json] = {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"}
 _SIZE: Final[Json] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
 _COUNT: Final[Json] = {"type": ["integer", "string"], "pattern": "^[0-9]+[KMG]?$"}
+_RATE: Final[Json] = {"type": "string", "pattern": "^[0-9]+[KMG]?/[smhd]$"}
+_PERIOD: Final = "(/(call|session|day))?$"
+# Beside which forms `not` may stand, and what it takes there.
+_EXCLUDABLE: Final[dict[str, Json]] = {
+    "path": _PATTERNS,
+    "url": _PATTERNS,
+    "host": _PATTERNS_OR_ANY,
+    "email": _PATTERNS_OR_ANY,
+    "in": _WORDS,
+    "range": _RANGE,
+    "regex": _TEXT,
+}
 
 
 def _one_key(forms: dict[str, Json]) -> dict[str, Json]:
@@ -67,9 +82,12 @@ def policy_schema() -> dict[str, Json]:
                         "cgroup": {"enum": [True, False, "true", "false"]},
                     }
                 ),
-                "workspace": {"type": "string", "minLength": 1, "maxLength": 4096},
+                "workspace": _TEXT,
+                "extends": _TEXT,
                 "profiles": _named(WORD, {"$ref": "#/$defs/profile"}),
+                "servers": _named(WORD, {"$ref": "#/$defs/server"}),
                 "tools": _named(TOOL_NAME, {"$ref": "#/$defs/rules"}),
+                "roles": _named(WORD, {"$ref": "#/$defs/role"}),
             },
             required=["version"],
         ),
@@ -90,44 +108,123 @@ def _named(pattern: str, value: Json) -> dict[str, Json]:
 
 
 def _definitions() -> dict[str, Json]:
-    text = _closed({"max": _SIZE}, required=["max"])
-    element = _one_key({"in": _WORDS, "path": _PATTERNS, "range": _RANGE, "text": text})
-    argv: Json = {"type": "array", "items": {"anyOf": [_SCALAR, element]}, "minItems": 1}
-    forms: dict[str, Json] = {
-        "path": _PATTERNS,
-        "url": _PATTERNS,
-        "argv": argv,
-        "in": _WORDS,
-        "range": _RANGE,
-        "text": text,
+    return {
+        "rules": {
+            "anyOf": [
+                {"$ref": "#/$defs/rule"},
+                {"type": "array", "items": {"$ref": "#/$defs/rule"}, "minItems": 1},
+            ]
+        },
+        "rule": _rule(),
+        "role": {
+            **_named(f"^(?!narrows$){TOOL_NAME[1:]}", {"$ref": "#/$defs/rules"}),
+            "properties": {"narrows": {"type": "string", "pattern": WORD}},
+        },
+        "matcher": _matcher(),
+        "shape": _shape(),
+        "server": _closed({"run": _PATTERNS, "profile": {"type": "string"}}, required=["run"]),
+        "profile": _profile(),
     }
-    matcher: Json = {"anyOf": [{"const": "any"}, argv, _one_key(forms)]}
+
+
+def _rule() -> dict[str, Json]:
     arguments: Json = {
-        "anyOf": [{"const": "any"}, {"type": "object", "additionalProperties": matcher}]
+        "anyOf": [
+            {"const": "any"},
+            {"type": "object", "additionalProperties": {"$ref": "#/$defs/matcher"}},
+        ]
     }
     effects: dict[str, Json] = {name: arguments for name in ("allow", "ask", "deny")}
-    rule = _closed(
-        {**effects, "profile": {"type": "string"}, "id": {"type": "string"}},
-        oneOf=[{"required": [name]} for name in effects],
+    amounts: dict[str, Json] = {
+        "calls": f"^[0-9]+[KMG]?{_PERIOD}",
+        "bytes": f"^[0-9]+(B|KiB|MiB|GiB){_PERIOD}",
+        "money": f"^[0-9]+(\\.[0-9]{{1,6}})?{_PERIOD}",
+        "tokens": f"^[0-9]+[KMG]?{_PERIOD}",
+    }
+    options: dict[str, Json] = {
+        "optional": {"type": "object", "additionalProperties": {"$ref": "#/$defs/matcher"}},
+        "profile": {"type": "string"},
+        "id": {"type": "string"},
+        "when": _TEXT,
+        "rate": _one_or_more(_RATE),
+        "budget": _closed(
+            {
+                unit: _one_or_more({"type": ["string", "number"], "pattern": pattern})
+                for unit, pattern in amounts.items()
+            }
+        ),
+    }
+    return _closed({**effects, **options}, oneOf=[{"required": [name]} for name in effects])
+
+
+def _one_or_more(value: Json) -> Json:
+    several: Json = {"type": "array", "items": value, "minItems": 1, "maxItems": MAX_BOUNDS}
+    return {"anyOf": [value, several]}
+
+
+def _matcher() -> dict[str, Json]:
+    text = _closed({"max": _SIZE}, required=["max"])
+    element = _one_key(
+        {"in": _WORDS, "path": _PATTERNS, "range": _RANGE, "text": text, "regex": _TEXT}
     )
+    argv: Json = {"type": "array", "items": {"anyOf": [_SCALAR, element]}, "minItems": 1}
+    forms: dict[str, Json] = {
+        **_EXCLUDABLE,
+        "argv": argv,
+        "text": text,
+        "json": {"$ref": "#/$defs/shape"},
+    }
+    without: list[Json] = [
+        _closed({form: taken, "not": _excluded(taken)}, required=[form, "not"])
+        for form, taken in _EXCLUDABLE.items()
+    ]
+    return {"anyOf": [{"const": "any"}, argv, _one_key(forms), *without]}
+
+
+def _excluded(taken: Json) -> Json:
+    if taken is _TEXT:
+        return _one_or_more(_TEXT)
+    return _PATTERNS if taken is _PATTERNS_OR_ANY else taken
+
+
+def _shape() -> dict[str, Json]:
+    number: Json = {"type": "integer"}
+    shape: Json = {"$ref": "#/$defs/shape"}
+    return {
+        "anyOf": [
+            {"const": "any"},
+            _closed(
+                {
+                    "type": {"enum": [kind.value for kind in Type if kind is not Type.ANY]},
+                    "properties": {"type": "object", "additionalProperties": shape},
+                    "required": _WORDS,
+                    "rest": {"const": "any"},
+                    "items": shape,
+                    "enum": _WORDS,
+                    **dict.fromkeys(("minimum", "maximum", "maxLength", "maxItems"), number),
+                },
+                required=["type"],
+            ),
+        ]
+    }
+
+
+def _profile() -> dict[str, Json]:
     limits: dict[str, Json] = {name: _DURATION for name in ("wall", "cpu", "idle")}
     limits |= {name: _SIZE for name in ("memory", "disk", "file", "output")}
     limits |= {name: _COUNT for name in ("pids", "files", "inodes", "depth", "fuel")}
     patterns: dict[str, Json] = {
         name: {"type": "array", "items": {"type": "string"}} for name in ("read", "write", "hide")
     }
-    return {
-        "rules": {"anyOf": [rule, {"type": "array", "items": rule, "minItems": 1}]},
-        "profile": _closed(
-            {
-                "like": {"type": "string"},
-                "engine": {"enum": ["native", "wasm"]},
-                "workspace": {"enum": ["direct", "overlay"]},
-                **patterns,
-                "imports": {"type": "array", "items": {"type": "string"}},
-                "syscalls": {"type": "array", "items": {"enum": sorted(ADDABLE)}},
-                "net": {"const": "none"},
-                "limits": _closed(limits),
-            }
-        ),
-    }
+    return _closed(
+        {
+            "like": {"type": "string"},
+            "engine": {"enum": ["native", "wasm"]},
+            "workspace": {"enum": [str(mode) for mode in WorkspaceMode]},
+            **patterns,
+            "imports": {"type": "array", "items": {"type": "string"}},
+            "syscalls": {"type": "array", "items": {"enum": sorted(ADDABLE)}},
+            "net": {"const": "none"},
+            "limits": _closed(limits),
+        }
+    )

@@ -29,8 +29,8 @@ MAX_REDIRECTS: Final = 16
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A continued line only after a blank: glued to a word it would join two of them.
-_BLANK: Final = re.compile(r"[ \t]++(?:\\\n[ \t]*+)*+")
-_COMMENT: Final = re.compile(r"#[^\n]*+")
+_BLANK: Final = re.compile(r"[ \t]+(?:\\\n[ \t]*)*")
+_COMMENT: Final = re.compile(r"#[^\n]*")
 _JOIN: Final = re.compile(r"&&|\|\||[;|\n]")
 # Not `<<`, `<>`, `<&`, `>|`, `&>`; no process substitution; descriptors 0 to 2 only.
 _FILE: Final = re.compile(r"(?:0?<|[12]?>>?)(?![<>&|(])")
@@ -38,11 +38,13 @@ _COPY: Final = re.compile(r"(?:2>&1|1?>&2)(?=[ \t\n;|&]|\Z)")
 _BEGINS_REDIRECT: Final = frozenset("<>012")
 # `~` only behind a character after which no shell expands it; braces only where there is nothing
 # to expand, and no name of a descriptor (`{x}>f` in bash). A word does not begin with `#`.
+# What comes next tells the alternatives apart, so nothing is gone back for. Possessive repeats
+# match wrongly, or without end, before Python 3.11.5: github.com/python/cpython/issues/106052.
 _PIECE: Final = re.compile(
     r"""
-    (?P<bare>(?: [\w@%+=:,./^!-] | (?<=[\w./^@-])~ | \{[A-Za-z0-9_-]*+\}(?![<>]) | \# )++)
-    | '(?P<single>[^']*+)'
-    | "(?P<double>(?: [^"\\$`] | \\[^\n] )*+)"
+    (?P<bare>(?: [\w@%+=:,./^!-] | (?<=[\w./^@-])~ | \{[A-Za-z0-9_-]*\}(?![<>]) | \# )+)
+    | '(?P<single>[^']*)'
+    | "(?P<double>(?: [^"\\$`] | \\[^\n] )*)"
     | \\(?P<escaped>[^\n])
     """,
     re.VERBOSE,

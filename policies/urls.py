@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote
 
 import ada_url
 
@@ -22,10 +23,23 @@ _LOCAL_DOMAINS: Final = frozenset({"localhost", "local", "internal", "arpa", "la
 
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff]")
 _WEB = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
-# Bytes that a server may decode into structure (/ \ . ; NUL and controls), also encoded twice.
-_TRICK = re.compile(r"%(?:25)*(?:2e|2f|5c|3b|7f|[01][0-9a-f])|/\.{1,2};", re.IGNORECASE)
+# Bytes that a server may decode into structure (/ \ . ; NUL and controls), and the overlong UTF-8
+# (RFC 3629 section 10) and `%uXXXX` that some take for the same.
+_TRICK = re.compile(
+    r"%(?:2e|2f|5c|3b|7f|[01][0-9a-f]|c[01]|e0%[89]|f0%8|u[0-9a-f])|/\.{1,2};", re.IGNORECASE
+)
+# LIMIT: how often a path may be encoded; one that is encoded more often is refused.
+_MAX_ENCODINGS: Final = 4
+_ENCODED_WILDCARD = re.compile(r"%(?:2a|3f)", re.IGNORECASE)
 _PARTS = re.compile(
     r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?(/[^?#]*)(?:\?([^#]*))?"
+)
+# URLs that are their own one spelling, as most are: lower-case words for a host that cannot be an
+# address nor an encoded name, and no character that a parser rewrites, decodes or takes for dots.
+_CANONICAL = re.compile(
+    r"https?://(?:[a-z][a-z0-9]*\.)+[a-z]{2,}"
+    r"/(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*/)*(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)?"
+    r"(?:\?[A-Za-z0-9_=&.-]*)?"
 )
 _IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 
@@ -40,7 +54,7 @@ class UrlRefused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """The parts of a canonical URL."""
+    """The parts of a canonical URL. ``path`` is decoded: `/%61` is one more spelling of `/a`."""
 
     scheme: str
     host: str
@@ -55,6 +69,12 @@ def canonical_url(text: str) -> str:
     Raise UrlRefused for userinfo, a trailing dot, control characters, `\\`, encoded slashes
     and dots in the path, and whatever the WHATWG parser refuses.
     """
+    plain = len(text) <= MAX_HOST_CHARACTERS and _CANONICAL.fullmatch(text)
+    return text if plain else respell_url(text)
+
+
+def respell_url(text: str) -> str:
+    """Do the same for every URL, as a parser would; UrlRefused as `canonical_url` raises it."""
     if not 0 < len(text) <= MAX_URL_CHARACTERS:
         raise UrlRefused("url.length", f"a URL has 1 to {MAX_URL_CHARACTERS} characters")
     if _FORBIDDEN.search(text):
@@ -67,7 +87,7 @@ def canonical_url(text: str) -> str:
         raise UrlRefused("url.userinfo", "a URL holds no user name or password")
     if "%" in authority:
         raise UrlRefused("url.host", "a host is not percent-encoded")
-    if _TRICK.search(path):
+    if _hides_structure(path):
         raise UrlRefused("url.path", "a path holds no encoded dot, slash or control character")
     try:
         href = ada_url.URL(text).href
@@ -89,6 +109,26 @@ def _refuse_host(authority: str, host: str) -> None:
         raise UrlRefused("url.host", "a host does not end with a dot")
     if len(host) > MAX_HOST_CHARACTERS or ".." in host or host.startswith("."):
         raise UrlRefused("url.host", "the host has an empty label or is too long")
+    if host.startswith("[::ffff:"):
+        # RFC 4291 section 2.5.5.2: the same place as the IPv4 address, which a rule may name.
+        raise UrlRefused("url.host", "an IPv4 address is not written as an IPv6 address")
+
+
+def _hides_structure(path: str) -> bool:
+    """Tell whether a path holds structure that is encoded, once or again."""
+    for _ in range(_MAX_ENCODINGS):
+        if _TRICK.search(path):
+            return True
+        decoded = unquote(path, "latin-1") if "%" in path else path
+        if decoded == path:
+            return False
+        path = decoded
+    return True
+
+
+def _decoded(path: str) -> str:
+    # INVARIANT: no escape stands for a slash (_hides_structure), so the components stay the same.
+    return unquote(path, errors="surrogateescape") if "%" in path else path
 
 
 def split_url(href: str) -> Url | None:
@@ -97,7 +137,7 @@ def split_url(href: str) -> Url | None:
     if parts is None:
         return None
     scheme, host, port, path, query = parts.groups()
-    return Url(scheme, host, int(port) if port else _DEFAULT_PORT[scheme], path, query)
+    return Url(scheme, host, int(port) if port else _DEFAULT_PORT[scheme], _decoded(path), query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +150,8 @@ class UrlPattern:
     port: int
     path: Glob
     query: str | None
+    # How every canonical URL begins that this matches, where the pattern is `host/folder/**`.
+    start: str | None = None
 
     def matches(self, url: Url) -> bool:
         """Tell whether the parts of a canonical URL match."""
@@ -117,7 +159,7 @@ class UrlPattern:
             return False
         if self.query is not None and url.query != self.query:
             return False
-        if not _covers_host(self.labels, url.host):
+        if not covers_host(self.labels, url.host):
             return False
         return self.path.matches(url.path[1:].split("/"))
 
@@ -136,10 +178,23 @@ def compile_url(pattern: str) -> UrlPattern:
         raise ValueError("has a fragment, which is never sent")
     components = _compile_url_path(path)
     glob = Glob(pattern, components)
-    return UrlPattern(pattern, scheme, labels, port, glob, query if question else None)
+    start = None if question or glob.folder is None else _start(scheme, labels, port, glob.folder)
+    return UrlPattern(pattern, scheme, labels, port, glob, query if question else None, start)
+
+
+def _start(scheme: str, labels: tuple[str, ...], port: int, folder: str) -> str | None:
+    """Spell the beginning that a whole folder of one host has in every canonical URL."""
+    # A plain host is one text here; one with a wildcard is several.
+    host = ".".join(labels)
+    if len(labels) != 1 or "*" in host:
+        return None
+    shown = "" if port == _DEFAULT_PORT[scheme] else f":{port}"
+    return f"{scheme}://{host}{shown}{folder.rstrip('/')}/"
 
 
 def _compile_authority(scheme: str, authority: str) -> tuple[tuple[str, ...], int]:
+    if not authority:
+        raise ValueError("has no host")
     host, port = authority, _DEFAULT_PORT[scheme]
     explicit = re.fullmatch(r"(.*):([0-9]{1,5})", authority)
     if explicit and not authority.endswith("]"):
@@ -176,19 +231,22 @@ def _compile_url_path(path: str) -> tuple[str, ...]:
         return ("",)
     folder = path.endswith("/")
     components = compile_components(path.removesuffix("/"))
-    if _TRICK.search("/" + path):
+    if _hides_structure("/" + path):
         raise ValueError("has an encoded dot, slash or control character in its path")
+    if _ENCODED_WILDCARD.search(path):
+        raise ValueError("has an encoded * or ?, which would become a wildcard; write *")
     try:
         written = ada_url.URL("https://host.example/" + "/".join(components)).pathname
     except ValueError as error:
         raise ValueError("has a path that is not valid in a URL") from error
-    encoded = tuple(written[1:].split("/"))
-    if len(encoded) != len(components):
+    decoded = tuple(_decoded(component) for component in written[1:].split("/"))
+    if len(decoded) != len(components):
         raise ValueError("has a path that a URL parser would rewrite")
-    return (*encoded, "") if folder else encoded
+    return (*decoded, "") if folder else decoded
 
 
-def _covers_host(labels: tuple[str, ...], host: str) -> bool:
+def covers_host(labels: tuple[str, ...], host: str) -> bool:
+    """Tell whether a compiled host pattern covers a canonical host."""
     if len(labels) == 1 and "*" not in labels[0]:
         return labels[0] == host
     if is_address(host) or "." not in host:

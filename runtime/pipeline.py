@@ -1,6 +1,6 @@
 """The path of one Call, on one screen.
 
-    Call → canonical document → decide → (ask) → record → execute → record the outcome → result
+    Call → canonical document → decide → record → reserve → (ask) → execute → record → result
 
 INVARIANT: nothing runs without a recorded intent; nothing is decided on one spelling of a path
 and executed on another; every failure on the way is a refusal, and is recorded as one. This is
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from safeconduct.call import Call, Decision, Document, Effect, Outcome, Profile
+from safeconduct.call import Call, Decision, Document, Effect, Facts, Outcome, Profile
 from safeconduct.errors import ApprovalRequired, Denied, Error, SandboxFailed
-from safeconduct.policies import Canonical, Judged, canonicalize, decide, hidden_by
+from safeconduct.policies import Canonical, Judged, canonicalize, hidden_by
 
+from .ledger import Ledger, Tab
 from .record import Recorder
+from .standing import Delegated, Standing
 from .tools.task import Sink, Task
 from .tools.toolbox import Toolbox
 
@@ -35,6 +37,7 @@ class Admitted:
     decision: Decision
     profile: Profile
     canonical: Canonical
+    tab: Tab = field(default_factory=Tab)
 
     @property
     def document(self) -> Document:
@@ -46,10 +49,15 @@ class Pipeline:
     """Takes Calls of one session along the path. Safe to use from several threads."""
 
     def __init__(
-        self, policy: Judged, recorder: Recorder, toolbox: Toolbox, approver: Approver
-    ) -> None:
-        self._policy, self._recorder = policy, recorder
+        self, standing: Standing | Delegated, recorder: Recorder, ledger: Ledger,
+        toolbox: Toolbox, approver: Approver,
+    ) -> None:  # fmt: skip
+        self._standing, self._recorder, self._ledger = standing, recorder, ledger
         self._toolbox, self._approver = toolbox, approver
+
+    def of(self, standing: Delegated) -> Pipeline:
+        """Return the same path for a sub-agent of this session."""
+        return Pipeline(standing, self._recorder, self._ledger, self._toolbox, self._approver)
 
     def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
         """Judge, run and record one Call of a tool we execute. Blocks until it is over.
@@ -60,7 +68,7 @@ class Pipeline:
         """
         with self.admit(call) as admitted:
             outcome = self._toolbox.run(self._task(admitted, sink))
-            self._recorder.outcome(call, outcome)
+            self.settle(admitted, outcome)
             return outcome
 
     @contextmanager
@@ -70,15 +78,16 @@ class Pipeline:
         Whoever enters records the Outcome with ``settle``; an Error that leaves the block is
         recorded as the outcome. Raises as ``perform`` does before anything ran.
         """
-        with self._judged(call) as (canonical, decision):
+        with self._judged(call) as (canonical, decision, tab):
             if decision.profile is None:
                 raise Denied("No profile to run in.", code="policy.error", rules=decision.rules)
             yield Admitted(
-                call=call, decision=decision, profile=decision.profile, canonical=canonical
+                call=call, decision=decision, profile=decision.profile, canonical=canonical, tab=tab
             )
 
     def settle(self, admitted: Admitted, outcome: Outcome) -> None:
-        """Record the Outcome of a Call that somebody else executed."""
+        """Record the Outcome of a Call and count what it used."""
+        admitted.tab.settle(outcome)
         self._recorder.outcome(admitted.call, outcome)
 
     @contextmanager
@@ -87,12 +96,11 @@ class Pipeline:
 
         Its decision has the code ``operator.command``. Otherwise as ``admit``.
         """
-        document = Document(
-            tool=call.tool, arguments=call.arguments, workspace=self._policy.workspace
-        )
+        policy = self._standing.policy
+        document = Document(tool=call.tool, arguments=call.arguments, workspace=policy.workspace)
         decision = Decision(
             effect=Effect.ALLOW,
-            policy=self._policy.version,
+            policy=policy.version,
             code="operator.command",
             reason="The operator's command line names it.",
             profile=profile,
@@ -105,19 +113,22 @@ class Pipeline:
             )
 
     @contextmanager
-    def _judged(self, call: Call) -> Generator[tuple[Canonical, Decision]]:
+    def _judged(self, call: Call) -> Generator[tuple[Canonical, Decision, Tab]]:
+        policy, facts = self._standing.begin(call)
         try:
             closed = self._toolbox.functions.close_arguments(call)
-            canonical = canonicalize(self._policy, closed)
+            canonical = canonicalize(policy, closed, unknown=self._standing.unknown)
         except Denied as refusal:
-            self._refuse(call, refusal)
+            self._refuse(call, policy, refusal)
             raise
         with canonical:
-            decision = self._decide(call, canonical)
+            decision = self._decide(policy, canonical, facts)
             self._recorder.intent(call, canonical.document)
-            self._recorder.decision(call, decision)
+            self._recorder.decision(call, decision, facts)
             with self._failures_of(call):
-                yield canonical, self._allowed(call, decision)
+                decision = self._allowed(call, policy, canonical.document, decision, facts)
+                with self._ledger.reserved(decision.obligations) as tab:
+                    yield canonical, decision, tab
 
     @contextmanager
     def _failures_of(self, call: Call) -> Generator[None]:
@@ -125,36 +136,54 @@ class Pipeline:
         try:
             yield
         except Error as error:
+            if isinstance(error, Denied):
+                self._standing.refused()
             self._recorder.failure(call, error)
             raise
         except BaseException:
             self._recorder.failure(call, SandboxFailed("Interrupted.", step="interrupted"))
             raise
 
-    def _decide(self, call: Call, canonical: Canonical) -> Decision:
+    def _decide(self, policy: Judged, canonical: Canonical, facts: Facts) -> Decision:
         """Judge; keys, traces and the policies in force are out of reach of every policy."""
         shields = self._toolbox.shields
         paths = [item.path for item in canonical.descriptors.values()]
         code = None
         if any(shields.refuses(path) for path in paths):
             code = "path.hidden"
-        elif call.tool == "fs.write" and any(shields.freezes(path) for path in paths):
+        elif any(shields.freezes(path) for path in canonical.written):
             code = "path.protected"
         if code is None:
-            return decide(self._policy, canonical.document)
+            return self._standing.decide(policy, canonical.document, facts)
         return Decision(
             effect=Effect.DENY,
-            policy=self._policy.version,
+            policy=policy.version,
             code=code,
             reason=f"Denied ({code}): no tool may go there, whatever the policy says.",
         )
 
-    def _allowed(self, call: Call, decision: Decision) -> Decision:
-        """Return the decision if it allows, asking a person where the policy says so."""
-        if decision.effect is Effect.DENY:
-            raise Denied(decision.reason, rules=decision.rules, code=decision.code)
-        if decision.effect is Effect.ALLOW:
+    def _allowed(
+        self, call: Call, policy: Judged, document: Document, decision: Decision, facts: Facts
+    ) -> Decision:
+        """Return the decision if it allows, asking a person where the policy says so.
+
+        What has no budget left is not asked about. A person takes their time: what the Call
+        reserved is given back then, as it counts when it runs, and it is judged again, as a
+        Capability may have ended meanwhile.
+        """
+        if decision.effect is Effect.ALLOW or decision.observed:
             return decision
+        _refuse_denied(decision)
+        with self._ledger.reserved(decision.obligations) as tab:
+            try:
+                self._ask(call, decision)
+            finally:
+                tab.release()
+        _refuse_denied(self._standing.decide(policy, document, self._standing.later(facts)))
+        return replace(decision, effect=Effect.ALLOW)
+
+    def _ask(self, call: Call, decision: Decision) -> None:
+        """Have a person say yes; raises ApprovalRequired or Denied where nobody does."""
         try:
             by = self._approver(call, decision)
         except ApprovalRequired:
@@ -163,13 +192,13 @@ class Pipeline:
         self._recorder.approval(call, answer="yes" if by else "no", by=by or "operator")
         if not by:
             raise Denied("The operator said no.", rules=decision.rules, code="approval.refused")
-        return replace(decision, effect=Effect.ALLOW)
 
-    def _refuse(self, call: Call, refusal: Denied) -> None:
+    def _refuse(self, call: Call, policy: Judged, refusal: Denied) -> None:
         """Record a Call that has no canonical form: it is denied as it stands."""
+        self._standing.refused()
         decision = Decision(
             effect=Effect.DENY,
-            policy=self._policy.version,
+            policy=policy.version,
             code=refusal.code,
             reason=refusal.message,
         )
@@ -186,6 +215,11 @@ class Pipeline:
             hides=partial(hidden_by, admitted.profile.hide),
             sink=sink,
         )
+
+
+def _refuse_denied(decision: Decision) -> None:
+    if decision.effect is Effect.DENY:
+        raise Denied(decision.reason, rules=decision.rules, code=decision.code)
 
 
 def nobody(call: Call, decision: Decision) -> str | None:

@@ -72,6 +72,11 @@ class Places:
         """What sandboxed calls changed in an overlay and nobody has decided about."""
         return self.state / "changes"
 
+    @property
+    def budgets(self) -> Path:
+        """What calls have used of rates and daily budgets."""
+        return self.state / "budgets.db"
+
     def commits(self, workspace: str) -> Path:
         """Where commits of changes to a workspace keep their journal."""
         return self.state / "commits" / hashlib.sha256(os.fsencode(workspace)).hexdigest()[:32]

@@ -18,9 +18,11 @@ from safeconduct.call import (
     Document,
     Durability,
     EntryKind,
+    Facts,
     Json,
     KeptChanges,
     Outcome,
+    Refused,
     Usage,
 )  # fmt: skip
 from safeconduct.errors import Denied, Error, LimitExceeded, ToolFailed
@@ -29,6 +31,8 @@ from safeconduct.errors import Denied, Error, LimitExceeded, ToolFailed
 _LOCAL_TOOLS = frozenset({"fs.read", "fs.list", "fs.write", "shell.run", "python.run", "wasm.run"})
 # The fields of what is recorded whole. Copying what they hold would take longer than encoding it.
 _DOCUMENT = tuple(field.name for field in fields(Document))
+# Caller and origin stand in the intent.
+_FACTS = ("role", "calls", "denied", "now_ms")
 _USAGE = tuple(field.name for field in fields(Usage))
 # LIMIT: names of refused system calls in one entry.
 _REFUSED_MAX = 64
@@ -52,6 +56,11 @@ class Recorder:
         }
         self._append(EntryKind.POLICY_LOAD, body | _confinement(confinement))
 
+    def policy_kept(self, version: str, error: Error) -> None:
+        """Record that another policy was to come into force, and why the old one stays."""
+        body: dict[str, Json] = {"policy": version, "kept": clear_name(error.code)}
+        self._append(EntryKind.POLICY_LOAD, body)
+
     def intent(self, call: Call, document: Document | None) -> None:
         """Record what is about to be judged; on return it is as durable as the tool demands.
 
@@ -72,8 +81,8 @@ class Recorder:
         }
         self._append(EntryKind.CALL_INTENT, body, committed={"document": judged})
 
-    def decision(self, call: Call, decision: Decision) -> None:
-        """Record the judgement; after it, the effect may happen."""
+    def decision(self, call: Call, decision: Decision, facts: Facts | None = None) -> None:
+        """Record the judgement and the facts it may rest on; after it, the effect may happen."""
         body: dict[str, Json] = {
             "call": call.id,
             "effect": str(decision.effect),
@@ -83,6 +92,12 @@ class Recorder:
             "enforcement": str(decision.enforcement),
             "profile": decision.profile.name if decision.profile else None,
         }
+        if facts is not None:
+            body["facts"] = {name: getattr(facts, name) for name in _FACTS}
+        if decision.observed:
+            body["observed"] = True
+        if decision.obligations:
+            body["obligations"] = sorted({bound.id for bound in decision.obligations})
         local = _tool_name(call.tool) in _LOCAL_TOOLS
         durability = Durability.VOLATILE if local else Durability.SYNC
         self._append(EntryKind.CALL_DECISION, body, durability=durability)
@@ -106,9 +121,7 @@ class Recorder:
             "usage": {name: getattr(outcome.usage, name) for name in _USAGE},
         }
         if outcome.refused:
-            # Most often refused first; the names are the kernel's, whatever the program is.
-            refused = outcome.refused[:_REFUSED_MAX]
-            body["refused"] = [{"syscall": one.syscall, "count": one.count} for one in refused]
+            body["refused"] = _refused(outcome.refused)
         if outcome.changes:
             body["changes"] = [_counts(changes) for changes in outcome.changes[:_SETS_MAX]]
         results: dict[str, Json | bytes] = {"stdout": outcome.stdout, "stderr": outcome.stderr}
@@ -131,6 +144,8 @@ class Recorder:
         elif isinstance(error, ToolFailed):
             status = "failed"
         body: dict[str, Json] = {"call": call.id, "status": status, "code": clear_name(error.code)}
+        if isinstance(error, ToolFailed) and error.refused:
+            body["refused"] = _refused(error.refused)
         self._append(EntryKind.CALL_OUTCOME, body)
 
     def close(self) -> None:
@@ -153,6 +168,11 @@ class Recorder:
 def _tool_name(tool: object) -> str:
     """Return the name of a tool in clear. What is no text is named by its type alone."""
     return clear_name(tool if isinstance(tool, str) else f"not text: {type(tool).__name__}")
+
+
+def _refused(refused: Sequence[Refused]) -> list[Json]:
+    """Name what was refused, most often first; the names are the kernel's, whatever the program."""
+    return [{"syscall": one.syscall, "count": one.count} for one in refused[:_REFUSED_MAX]]
 
 
 def _counts(changes: KeptChanges) -> dict[str, Json]:

@@ -8,49 +8,50 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import anyio.to_thread
 
-from safeconduct.attestation import SignerClient, TraceWriter
 from safeconduct.call import (
+    Bound,
     Call,
     Confinement,
-    Engine,
     Json,
+    KeptChanges,
     Outcome,
-    Profile,
     Tier,
-    WorkspaceMode,
 )
-from safeconduct.errors import LimitExceeded, SandboxUnavailable, TraceInvalid
-from safeconduct.policies import PROTECTED, Judged, Resolution, resolve_policy
+from safeconduct.errors import (
+    PolicyError,
+)
+from safeconduct.policies import Judged, Resolution, load_policy, resolve_policy
 
-from .changes import KeptSets, Recording
+from . import foundation
+from .changes import KeptSets
+from .delegate import Delegate, result, whole
+from .ledger import Ledger
 from .pipeline import Approver, Pipeline, nobody
 from .places import Places
 from .record import Recorder
-from .sandbox import cgroup
-from .sandbox.launcher import Launcher
-from .sandbox.layout import inside
+from .reload import Reloader
 from .sandbox.machine import Machine
-from .sandbox.native import NativeSandbox, survey
-from .sandbox.overlay import Keeper, Recovered, Recovery
-from .sandbox.python import PythonEngine
+from .sandbox.native import NativeSandbox
+from .sandbox.overlay import Recovery
 from .sandbox.shield import Shields
-from .sandbox.wasm import WasmEngine
+from .standing import Standing
 from .tools.function import Functions
 from .tools.task import Sink
-from .tools.toolbox import Toolbox
 
-# LIMIT: profiles of a policy whose first calls find sandboxes that wait.
-_PREPARED_MAX = 4
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
+
+
+def _nobody_listens(text: str) -> None:
+    """Take the place of whoever is told about policies that did not come into force."""
 
 
 class Runtime:
@@ -61,15 +62,18 @@ class Runtime:
 
     def __init__(
         self, stack: ExitStack, pipeline: Pipeline, *, native: NativeSandbox, shields: Shields,
-        recorder: Recorder, resolution: Resolution, machine: Machine, trace: Path,
+        recorder: Recorder, standing: Standing, reloader: Reloader, machine: Machine, trace: Path,
         functions: Functions, changes: KeptSets, recovered: Mapping[str, Recovery],
     ) -> None:  # fmt: skip
         """Take over what ``from_policy`` put up; use that."""
         self.pipeline, self.native, self.shields = pipeline, native, shields
-        self.resolution, self.machine, self.trace = resolution, machine, trace
+        self.standing = standing
+        self.reloader, self.machine, self.trace = reloader, machine, trace
         self.session = recorder.session
         # What calls left in overlays, and how commits ended that a crash had broken off.
         self.changes, self.recovered = changes, recovered
+        # What the session's overlay held in the end.
+        self.kept: tuple[KeptChanges, ...] = ()
         self._functions = functions
         self._stack = stack
         self._pid = os.getpid()
@@ -87,55 +91,82 @@ class Runtime:
         origin: str = "sdk",
         environment: Mapping[str, str] | None = None,
         explain: bool = False,
+        role: str | None = None,
+        observe: bool = False,
+        watch: bool = False,
+        tell: Callable[[str], object] = _nobody_listens,
     ) -> Runtime:
         """Put up a runtime. Starts two processes; creates a key and a trace folder if needed.
 
         Without ``policy`` it is discovered (docs/policy-language.md). ``tier`` asks for exactly
         that tier by name. ``environment`` replaces ``os.environ`` for finding files. With
-        ``explain`` an Outcome says which system calls were refused (``refused``). Raises
+        ``explain`` an Outcome says which system calls were refused (``refused``). ``role`` is the
+        one role of this session. With ``observe`` a Call that no rule grants, or that a rule asks
+        about, runs all the same in the profile that is enforced by default, and the Trace says
+        so; what a rule denies stays denied. With ``watch`` changed policy files come into force
+        before the next Call (``reload``); ``tell`` is told in a line or two when one does not.
+        A commit of changes that a crash broke off is ended first (``recovered``). Raises
         PolicyError, SandboxUnavailable, SandboxFailed or TraceInvalid, and leaves nothing running.
-        A commit of changes that a crash broke off is ended first (``recovered``).
         """
         surroundings = os.environ if environment is None else environment
-        resolution = resolve_policy(
-            explicit=Path(policy) if policy is not None else None,
+        resolve = partial(
+            resolve_policy,
+            # What is read again later must be the same file, wherever this process goes.
+            explicit=Path.cwd() / policy if policy is not None else None,
             start=Path.cwd(),
             environment=surroundings,
-            workspace=Path(workspace) if workspace is not None else None,
         )
+        resolution = resolve(workspace=Path(workspace) if workspace is not None else None)
         places = Places.of(surroundings)
         folder = Path(trace) if trace is not None else places.new_trace()
         judged = resolution.policy
-        _refuse_inside(judged.workspace, folder, places)
+        foundation.refuse_inside(judged.workspace, folder, places)
         places.prepare()
         with ExitStack() as stack:
-            keeper = Keeper(places.changes, workspace=judged.workspace, protected=PROTECTED)
-            machine, native = _confinement(stack, judged, tier, keeper)
-            shields = _shields(stack, resolution, places, folder)
-            toolbox = Toolbox(
-                native=native,
-                wasm=_wasm(stack, native),
-                python=_python(stack, native, machine),
-                shields=shields,
-                explain=explain,
+            keeper = foundation.overlay_keeper(stack, places, judged.workspace)
+            machine, native = foundation.confinement(stack, judged, tier, keeper)
+            shields = foundation.raise_shields(stack, resolution, places, folder)
+            toolbox = foundation.toolbox(stack, native, machine, shields, explain=explain)
+            recorder = foundation.session_recorder(
+                stack, places, folder, judged.workspace, caller, origin
             )
-            recorder = _recorder(stack, places, folder, judged.workspace, caller, origin)
-            recorder.policy(
-                judged.version, str(resolution.found.path), resolution.why, native.promises()
-            )
-            pipeline = Pipeline(judged, recorder, toolbox, approver)
-            changes = KeptSets(places=places, recording=_recording(pipeline, recorder.session))
-            recovered = _recover(judged, changes)
+            standing = Standing(judged, role=role, observe=observe)
+            ledger = Ledger(places.budgets, scope=judged.workspace)
+            stack.callback(ledger.close)
+            pipeline = Pipeline(standing, recorder, ledger, toolbox, approver)
+            reloader = Reloader(
+                resolution, partial(resolve, workspace=Path(judged.workspace)),
+                standing=standing, recorder=recorder, machine=machine,
+                promised=native.promises(), tell=tell,
+            )  # fmt: skip
+            if watch:
+                standing.watch = reloader.look
+            recording = foundation.operator_recording(pipeline, recorder.session)
+            changes = KeptSets(places=places, recording=recording, overlay=keeper.session)
+            recovered = foundation.recover_commits(judged, changes)
             return cls(
                 stack.pop_all(), pipeline, native=native, shields=shields, recorder=recorder,
-                resolution=resolution, machine=machine, trace=folder, functions=toolbox.functions,
-                changes=changes, recovered=recovered,
+                standing=standing, reloader=reloader, machine=machine, trace=folder,
+                functions=toolbox.functions, changes=changes, recovered=recovered,
             )  # fmt: skip
+
+    @property
+    def resolution(self) -> Resolution:
+        """The policy in force, where it was found and why it counts."""
+        return self.reloader.current
 
     @property
     def policy(self) -> Judged:
         """The policy in force."""
         return self.resolution.policy
+
+    def reload(self) -> Resolution:
+        """Put what the policy's files say now into force, for every Call that begins later.
+
+        It is believed, compiled and tested (``policy.test.yaml`` beside it) as a whole. Raises
+        PolicyError where something is wrong with it; then the old one stays, and the Trace says so.
+        """
+        return self.reloader.reload()
 
     @property
     def confinement(self) -> Confinement:
@@ -176,14 +207,7 @@ class Runtime:
         ApprovalRequired, ToolFailed, LimitExceeded, SandboxFailed, SandboxUnavailable or
         TraceInvalid.
         """
-        outcome = self.perform(self.new_call(tool, arguments))
-        if outcome.limit is not None:
-            raise LimitExceeded(
-                f"The call was ended by its {outcome.limit} limit.",
-                limit=outcome.limit,
-                outcome=outcome,
-            )
-        return outcome
+        return result(self.perform(self.new_call(tool, arguments)))
 
     async def acall(self, tool: str, /, **arguments: Json) -> Outcome:
         """Do what ``call`` does in a worker thread, without blocking the event loop.
@@ -192,6 +216,37 @@ class Runtime:
         """
         return await anyio.to_thread.run_sync(lambda: self.call(tool, **arguments))
 
+    def delegate(
+        self,
+        name: str,
+        *,
+        tools: Sequence[str] | None = None,
+        policy: str | Path | None = None,
+        profile: str | None = None,
+        bounds: Sequence[Bound] = (),
+        lasts_ms: int | None = None,
+    ) -> Delegate:
+        """Hand on less than this session may, to a sub-agent that ``name`` names in the Trace.
+
+        ``tools`` are names (`*` stands for part of a word), ``policy`` a file that must agree to
+        each Call too, ``profile`` one of this policy that bounds where Calls run, ``bounds`` what
+        they may use, ``lasts_ms`` how long it lasts. Whatever is given, it only narrows. Raises
+        PolicyError where something of it cannot be meant.
+        """
+        mine = self.standing.policy
+        file = None if policy is None else load_policy(Path(policy), workspace=Path(mine.workspace))
+        if profile is not None and profile not in mine.profiles:
+            raise PolicyError(
+                f"there is no profile {profile!r}",
+                code="capability.invalid",
+                hint=f"there are: {', '.join(sorted(mine.profiles)) or 'none'}",
+            )
+        bound = None if profile is None else mine.profiles[profile]
+        held = whole(self.pipeline, self.session, self.standing)
+        return held.delegate(
+            name, tools=tools, policy=file, profile=bound, bounds=bounds, lasts_ms=lasts_ms
+        )
+
     def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
         """Take a Call along the pipeline; an Outcome with a limit is returned, not raised."""
         return self.pipeline.perform(call, sink=sink)
@@ -199,10 +254,13 @@ class Runtime:
     def close(self) -> None:
         """End every sandbox, sign the Trace, end the launcher and the signer.
 
+        What is left in the session's overlay is kept before (``kept``); where it cannot be, it is
+        lost and that error raised in the end.
         Does nothing in a forked child: all of it belongs to the process that started it.
         """
         if os.getpid() == self._pid:
-            self._stack.close()
+            with self._stack:
+                self.kept += self.changes.keep_session()
 
     def __enter__(self) -> Runtime:
         return self
@@ -225,102 +283,3 @@ class Runtime:
         traceback: TracebackType | None,
     ) -> None:
         await anyio.to_thread.run_sync(self.close)
-
-
-def _refuse_inside(workspace: str, trace: Path, places: Places) -> None:
-    for path in (trace, places.state):
-        if inside(os.path.realpath(path), workspace):
-            raise TraceInvalid(
-                f"{path} lies inside the workspace, where tools could reach it.",
-                code="trace.inside_workspace",
-                hint="Name a folder outside with --trace (or XDG_STATE_HOME).",
-            )
-
-
-def _confinement(
-    stack: ExitStack, policy: Judged, tier: Tier | None, keeper: Keeper
-) -> tuple[Machine, NativeSandbox]:
-    cgroups = cgroup.discover()
-    if cgroups is not None:
-        stack.callback(cgroups.close)
-    launcher = Launcher()
-    stack.callback(launcher.close)
-    machine = survey(launcher, cgroups)
-    chosen = machine.choose(policy.require_tier, cgroup=policy.require_cgroup)
-    if tier is not None and Tier(tier) is not chosen:
-        tier = Tier(tier)
-        if policy.require_tier is Tier.FULL or machine.tiers[tier]:
-            raise SandboxUnavailable(
-                f"Tier {tier} was asked for by name. {machine.tiers[tier]}".rstrip(),
-                missing=f"tier:{tier}",
-                hint="Leave the tier to the machine and the policy.",
-            )
-        chosen = tier
-    native = NativeSandbox(launcher, tier=chosen, cgroups=cgroups, keeper=keeper)
-    stack.callback(native.close)
-    for part in policy.parts:
-        for profile in islice(part.profiles.values(), _PREPARED_MAX):
-            if profile.engine is Engine.NATIVE:
-                native.prepare(profile)
-    return machine, native
-
-
-def _shields(stack: ExitStack, resolution: Resolution, places: Places, trace: Path) -> Shields:
-    workspace = resolution.policy.workspace
-    files = [os.path.abspath(file) for file in resolution.files]
-    frozen = [*files, *(os.path.realpath(file) for file in files)]
-    absent = [os.path.realpath(path) for path in (places.state, trace)]
-    shields = Shields(workspace, PROTECTED, absent, frozen=frozen, lock=places.lock(workspace))
-    stack.callback(shields.close)
-    return shields
-
-
-def _recording(pipeline: Pipeline, session: str) -> Recording:
-    """Return what records a deed of the operator on a workspace as a Call of this session."""
-
-    @contextmanager
-    def record(tool: str, arguments: dict[str, Json]) -> Generator[Callable[[Json], None]]:
-        call = Call(
-            id=secrets.token_hex(8), tool=tool, arguments=arguments, session=session,
-            caller="operator", origin="operator",
-        )  # fmt: skip
-        with pipeline.operate(call, Profile(name="operator")) as admitted:
-            yield lambda value: pipeline.settle(admitted, Outcome(call=call.id, value=value))
-
-    return record
-
-
-def _recover(policy: Judged, changes: KeptSets) -> dict[str, Recovery]:
-    """End broken commits to the workspace, and to other folders that have overlays."""
-    folders = {policy.workspace}
-    for part in policy.parts:
-        for profile in part.profiles.values():
-            if profile.workspace is WorkspaceMode.OVERLAY:
-                folders |= {path for path in profile.write if not inside(path, policy.workspace)}
-    found = {path: changes.recover(path) for path in sorted(folders) if os.path.isdir(path)}
-    return {path: one for path, one in found.items() if one.done is not Recovered.NOTHING}
-
-
-def _wasm(stack: ExitStack, native: NativeSandbox) -> WasmEngine:
-    engine = WasmEngine(native)
-    stack.callback(engine.close)
-    return engine
-
-
-def _python(stack: ExitStack, native: NativeSandbox, machine: Machine) -> PythonEngine:
-    engine = PythonEngine(native, machine.cgroups)
-    stack.callback(engine.close)
-    return engine
-
-
-def _recorder(
-    stack: ExitStack, places: Places, trace: Path, workspace: str, caller: str, origin: str
-) -> Recorder:
-    forbidden = [trace, Path(workspace)]
-    signer = SignerClient.start(places.key, state=places.signer, forbidden=forbidden)
-    stack.callback(signer.close)
-    writer = TraceWriter.open(trace, signer=signer)
-    stack.callback(writer.close)
-    recorder = Recorder(writer, caller=caller, origin=origin)
-    stack.callback(recorder.close)
-    return recorder

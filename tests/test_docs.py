@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safeconduct.policies import parse_policy
+from safeconduct.policies import load_policy
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -34,7 +34,9 @@ def test_there_are_policies_to_look_at() -> None:
 
 @pytest.mark.parametrize("text", POLICIES)
 def test_every_policy_in_the_documents_loads(text: str, tmp_path: Path) -> None:
-    policy = parse_policy(text.encode(), name="document.yaml", workspace=tmp_path)
+    file = tmp_path / "document.yaml"
+    file.write_text(text)
+    policy = load_policy(file, workspace=tmp_path)
     assert policy.version.startswith("sha256:")
 
 

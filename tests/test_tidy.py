@@ -78,6 +78,13 @@ def test_nothing_is_left_for_later_without_a_number() -> None:
     assert found == []
 
 
+def test_no_regular_expression_is_possessive() -> None:
+    """They match wrongly before Python 3.11.5: https://github.com/python/cpython/issues/106052."""
+    possessive = re.compile(r"[])}][*+?]\+")
+    code = [path for path in tracked() if path.suffix == ".py"]
+    assert [path.name for path in code if possessive.search(path.read_text())] == []
+
+
 def test_the_changelog_names_this_version() -> None:
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from safeconduct.call import Call, Engine, Json, Outcome, Profile
 from safeconduct.errors import Error, PolicyError, SandboxUnavailable, ToolFailed
-from safeconduct.policies import Judged, Policy, hidden_by, narrow_profiles
+from safeconduct.policies import Judged, Policy, Rule, hidden_by, narrow_profiles
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.sandbox.channel import Exit as End
 from safeconduct.runtime.sandbox.layout import SEARCH, inside
@@ -77,16 +77,64 @@ def _chosen(part: Policy, server: str, asked: str | None) -> Profile:
     names = (asked, server, _FALLBACK)
     found = next((name for name in names if name is not None and name in part.profiles), None)
     profile = part.default_profile if found is None else part.profiles[found]
-    for tool, rules in part.tools.items():
-        named = [rule for rule in rules.all if rule.profile not in (None, found)]
-        if tool.startswith(f"{server}.") and named:
-            raise PolicyError(
-                f"Rule {named[0].id} ({named[0].where}) runs in profile {named[0].profile}, "
-                f"and the server runs in {profile.name}.",
-                code="mcp.profile_conflict",
-                hint=f"Start it with --profile {named[0].profile}, or take it out of the rule.",
-            )
+    elsewhere = [rule for rule in rules_of(part, server) if rule.profile not in (None, found)]
+    if elsewhere:
+        rule = elsewhere[0]
+        raise PolicyError(
+            f"Rule {rule.id} ({rule.where}) runs in profile {rule.profile}, "
+            f"and the server runs in {profile.name}.",
+            code="mcp.profile_conflict",
+            hint=f"Start it with --profile {rule.profile}, or take it out of the rule.",
+        )
     return profile
+
+
+def rules_of(part: Policy, server: str) -> list[Rule]:
+    """Return the rules that some tool of a server may meet."""
+    named = [
+        rule for tool, found in part.tools.items() if _is_of(server, tool) for rule in found.all
+    ]
+    for wildcard in part.wildcards:
+        pattern = wildcard.pattern.pattern
+        if wildcard.pattern.overlaps(f"{server}.*") or _is_of(server, pattern):
+            named += wildcard.all
+    return named
+
+
+def _is_of(server: str, tool: str) -> bool:
+    return tool.startswith(f"{server}.")
+
+
+def named_server(
+    policy: Judged, name: str, argv: Sequence[str] | None, profile: str | None
+) -> tuple[Sequence[str], str | None]:
+    """Return the command of a server and the name of its profile, if one was named.
+
+    A name that stands under ``servers`` means the command there and no other: its rules were
+    written for that. Raises PolicyError ``mcp.server_unknown`` or ``mcp.server_other``.
+    """
+    found = policy.servers.get(name)
+    if found is None and argv is not None:
+        return argv, profile
+    if found is None:
+        raise PolicyError(
+            f"There is no server {name!r} in the policy.",
+            code="mcp.server_unknown",
+            hint=f"Write it under servers, or: safeconduct mcp --name {name} -- COMMAND",
+        )
+    if argv is not None and tuple(argv) != found.run:
+        raise PolicyError(
+            f"The policy names another command for the server {name}.",
+            code="mcp.server_other",
+            hint=f"Start it with: safeconduct mcp {name}",
+        )
+    if profile is not None and found.profile not in (None, profile):
+        raise PolicyError(
+            f"The policy runs the server {name} in profile {found.profile}.",
+            code="mcp.profile_conflict",
+            hint="Leave out --profile.",
+        )
+    return found.run, profile or found.profile
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Verb:
 
 
 GROUPS = {
-    "policy": "Check, explain and describe policies.",
+    "policy": "Check, test, compare and explain policies.",
     "trace": "List, read and verify traces.",
     "keys": "Show and make log keys.",
     "changes": "Look at what overlays hold, then commit it or roll it back.",
@@ -50,6 +50,11 @@ VERBS: Mapping[str, Verb] = {
     "call": Verb("call:call", "Run one call of a tool."),
     "policy check": Verb("policy_check:check", "Say what is wrong or doubtful about a policy."),
     "policy explain": Verb("policy_explain:explain_call", "Say how a call is judged, and why."),
+    "policy test": Verb("policy_test:run_tests", "Judge the calls of a policy's own test file."),
+    "policy simulate": Verb(
+        "policy_simulate:simulate", "Judge the calls of a trace again by the policy that counts."
+    ),
+    "policy diff": Verb("policy_diff:diff", "Say where a new policy is wider than the old one."),
     "policy schema": Verb("policy_schema:schema", "Print the JSON Schema of policy files."),
     "trust": Verb("trust:trust", "Believe a policy that came with a project."),
     "trace ls": Verb("trace_ls:list_traces", "List your traces."),

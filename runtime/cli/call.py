@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from safeconduct.call import Json, Outcome
-from safeconduct.errors import Error
+from safeconduct.errors import Error, ToolFailed
 
 from .options import (
     ExplainOption,
     JsonOption,
+    ObserveOption,
     PolicyOption,
+    RoleOption,
     TierOption,
     TraceOption,
     WorkspaceOption,
@@ -46,6 +49,8 @@ def call(
     trace: TraceOption = None,
     tier: TierOption = None,
     explain: ExplainOption = False,
+    role: RoleOption = None,
+    observe: ObserveOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Judge, run and record one call of a tool, and print what it returns.
@@ -61,8 +66,15 @@ def call(
         with (
             Termination() as termination,
             Runtime.from_policy(
-                policy, workspace=workspace, trace=trace, tier=tier, origin="call", explain=explain
-            ) as runtime,
+                policy,
+                workspace=workspace,
+                trace=trace,
+                tier=tier,
+                origin="call",
+                explain=explain,
+                role=role,
+                observe=observe,
+            ) as runtime,  # fmt: skip
         ):
             announce(runtime, explicit=policy is not None)
             made = runtime.new_call(tool, given, origin="call")
@@ -72,7 +84,11 @@ def call(
         if as_json:
             print_json(error_json(error, error_code(error)))
         tell_error(error)
+        if isinstance(error, ToolFailed):
+            tell_refused(error)
         return error_code(error)
+    # What a session's overlay held is kept when the session ends.
+    result = replace(result, changes=(*result.changes, *runtime.kept))
     tell_refused(result)
     tell_changes(result.changes)
     code = exit_code(result)

@@ -11,18 +11,21 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from safeconduct.errors import Error, ToolFailed
-from safeconduct.policies import BUILT_IN
+from safeconduct.errors import Error, PolicyError, ToolFailed
+from safeconduct.policies import BUILT_IN, Resolution
 from safeconduct.runtime.adapters.mcp_server import (
     Server,
     choose_profile,
     confined,
     ended,
+    named_server,
     recorded,
+    rules_of,
     unseen,
 )  # fmt: skip
 from safeconduct.runtime.adapters.mcp_stdio import Event, Line, Proxy, exit_code, reason
@@ -30,7 +33,14 @@ from safeconduct.runtime.adapters.stderr import relay
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.supervisor import Runtime
 
-from .options import PolicyOption, TierOption, TraceOption, WorkspaceOption
+from .options import (
+    ObserveOption,
+    PolicyOption,
+    RoleOption,
+    TierOption,
+    TraceOption,
+    WorkspaceOption,
+)
 from .outcome import announce, error_code, tell_changes
 from .terminal import tell, tell_error
 
@@ -46,11 +56,17 @@ _NOTES_MAX = 100
 
 
 def mcp(
-    command: Annotated[list[str], typer.Argument(help="The server and its arguments, after --.")],
-    name: Annotated[
-        str,
-        typer.Option("--name", help="What the policy calls this server: its tools are NAME.TOOL."),
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME | -- COMMAND...",
+            help="A server of the policy, or a server and its arguments, after --.",
+        ),
     ],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What the policy calls this command: its tools are NAME.TOOL."),
+    ] = None,
     policy: PolicyOption = None,
     workspace: WorkspaceOption = None,
     trace: TraceOption = None,
@@ -65,36 +81,86 @@ def mcp(
             "--env", help="NAME=VALUE, or NAME to hand on ours. Nothing else is handed on."
         ),
     ] = None,
+    role: RoleOption = None,
+    observe: ObserveOption = False,
 ) -> int:
     """Run an MCP server confined; judge and record each tool call it gets.
+
+    A policy file that changes comes into force before the next call (SIGUSR1 has it loaded anyway);
+    one that is wrong, or that changes the profile the server runs in, leaves the old one.
 
     Exits as the server does; 0 once the client has left, 124 the session's limit of 24 hours, 125
     our failure or a server that left calls without answer, 127 not found, 128+n signal.
     """
-    if _NAME.fullmatch(name) is None or name in _RESERVED:
-        raise typer.BadParameter(f"{name!r} cannot name a server", param_hint="--name")
+    name, given = _asked(command, name)
     variables = dict(_variable(text) for text in environment or [])
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     with (
         _signals(events),
         Runtime.from_policy(
-            policy, workspace=workspace, trace=trace, tier=tier, caller=name, origin="mcp"
+            policy, workspace=workspace, trace=trace, tier=tier, caller=name, origin="mcp",
+            role=role, observe=observe, watch=True, tell=tell,
         ) as runtime,
-    ):
+        _reloading(runtime),
+    ):  # fmt: skip
         announce(runtime, explicit=policy is not None)
+        judged = runtime.standing.policy
+        argv, within = named_server(judged, name, given, profile)
         server = Server(
             name=name,
-            argv=command,
-            profile=choose_profile(runtime.policy, name, profile),
+            argv=argv,
+            profile=choose_profile(judged, name, within),
             environment=variables,
         )
         _warn(runtime, server)
+        runtime.reloader.demand(partial(_same_server, runtime, server, given, profile))
         try:
             with recorded(runtime, server) as start:
                 return _serve(runtime, server, start, events)
         except ToolFailed as error:
             tell_error(error)
             return error_code(error)
+
+
+def _asked(command: list[str], name: str | None) -> tuple[str, list[str] | None]:
+    """Return the name of the server and its command; None where the policy has the command."""
+    if name is None and len(command) > 1:
+        raise typer.BadParameter("a command needs a name for its tools", param_hint="--name")
+    name, given = (command[0], None) if name is None else (name, command)
+    if _NAME.fullmatch(name) is None or name in _RESERVED:
+        raise typer.BadParameter(f"{name!r} cannot name a server", param_hint="--name")
+    return name, given
+
+
+def _same_server(
+    runtime: Runtime,
+    server: Server,
+    given: list[str] | None,
+    profile: str | None,
+    found: Resolution,
+) -> None:
+    """Refuse a policy under which the same command line would start something else."""
+    judged = runtime.standing.of_role(found.policy)
+    argv, within = named_server(judged, server.name, given, profile)
+    same = choose_profile(judged, server.name, within) == server.profile
+    if not same or tuple(argv) != tuple(server.argv):
+        changed = "command" if same else "profile"
+        raise PolicyError(
+            f"the {changed} of the running server {server.name} would be another one",
+            file=str(found.found.path),
+            code=f"policy.{changed}_changed",
+            hint="start the server anew",
+        )
+
+
+@contextmanager
+def _reloading(runtime: Runtime) -> Generator[None]:
+    """Let SIGUSR1 have the policy loaded anew."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: runtime.reloader.ask())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _serve(
@@ -122,7 +188,7 @@ def _serve(
             lost = proxy.finish(why)
             owed = 0 if proxy.client_left else lost
     runtime.pipeline.settle(start, replace(outcome, changes=running.changes))
-    tell_changes(running.changes)
+    tell_changes((*running.changes, *runtime.changes.keep_session()))
     return exit_code(end, lost=owed)
 
 
@@ -142,8 +208,8 @@ def _pipes() -> tuple[Line, int, tuple[int, int, int]]:
 def _warn(runtime: Runtime, server: Server) -> None:
     """Say beforehand what would only show as a server that fails or denies everything."""
     note = _notes()
-    tools = [tool for part in runtime.policy.parts for tool in part.tools]
-    if not any(tool.startswith(f"{server.name}.") for tool in tools):
+    parts = runtime.standing.policy.parts
+    if not any(rules_of(part, server.name) for part in parts):
         note(f"the policy grants no tool of {server.name!r}: every call will be denied")
     for path in unseen(server.argv, server.profile):
         note(f"profile {server.profile.name} does not show {path} to the server")
@@ -179,6 +245,8 @@ def _signals(events: queue.SimpleQueue[Event]) -> Generator[None]:
         number: signal.signal(number, lambda received, _: events.put(received))
         for number in _SIGNALS
     }
+    # Outside of `_reloading` it asks for nothing; its default would end us without a signature.
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda received, _: None)
     try:
         yield
     finally:

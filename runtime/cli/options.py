@@ -36,6 +36,16 @@ ExplainOption = Annotated[
         help="Show the system calls a program was refused, and what would allow them; slower.",
     ),
 ]
+RoleOption = Annotated[
+    str | None, typer.Option("--role", help="The policy's role to run in (default: its tools).")
+]
+ObserveOption = Annotated[
+    bool,
+    typer.Option(
+        "--observe",
+        help="Record what no rule grants, and run it all the same in the default profile.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TraceArgument = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace folder, or a name from `trace ls`.")

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from safeconduct.errors import Exit
-from safeconduct.policies import Finding, Level, check_file, discover_policy
+from safeconduct.policies import Level, check_file, discover_policy
 
+from .findings import Format, print_findings
 from .options import JsonOption, WorkspaceOption
-from .terminal import print_json, print_line, printable, tell
-
-
-class Format(StrEnum):
-    """How findings are printed."""
-
-    TEXT = "text"
-    JSON = "json"
-    GITHUB = "github"
+from .terminal import tell
 
 
 def check(
@@ -44,38 +36,9 @@ def check(
         file = found.path
         tell(f"checking {file}: {found.why}")
     findings = check_file(file, workspace=workspace)
-    _print(findings, Format.JSON if as_json else output, str(file))
+    form = Format.JSON if as_json else output
     counted = [one for one in findings if strict or one.level is Level.ERROR]
+    # A warning that does not count must not fail a CI server's report either.
+    shown = counted if form is Format.JUNIT else findings
+    print_findings(shown, form, clean=f"{file}: no findings")
     return Exit.FINDINGS if counted else Exit.OK
-
-
-def _print(findings: tuple[Finding, ...], output: Format, file: str) -> None:
-    if output is Format.JSON:
-        print_json([one.to_json() for one in findings])
-        return
-    for one in findings:
-        if output is Format.GITHUB:
-            print(_github(one))
-            continue
-        where = f"{one.file}:{one.line}:{one.column}"
-        print_line(f"{where}: {one.level} {one.code}: {one.message}")
-        if one.fix:
-            print_line(f"  fix: {one.fix}")
-    if not findings and output is Format.TEXT:
-        print_line(f"{file}: no findings")
-
-
-def _github(one: Finding) -> str:
-    """Write a workflow command (docs.github.com, "Workflow commands", setting messages)."""
-    place = f"file={_property(one.file)},line={max(one.line, 1)},col={max(one.column, 1)}"
-    fix = f" (fix: {one.fix})" if one.fix else ""
-    message = _data(f"{one.message}{fix}")
-    return f"::{one.level} {place},title={_property(one.code)}::{message}"
-
-
-def _data(text: str) -> str:
-    return printable(text).replace("%", "%25")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from safeconduct.call import Call, Effect, Profile
+from safeconduct.call import Call, Effect, Facts, Profile
 from safeconduct.errors import Denied, Exit
 from safeconduct.policies import (
     Considered,
     Explanation,
     Judged,
     canonicalize,
+    describe_bound,
     explain,
     resolve_policy,
 )
 
 from .limits import limit_lines
-from .options import JsonOption, PolicyOption, WorkspaceOption
+from .options import JsonOption, PolicyOption, RoleOption, WorkspaceOption
 from .places import refuse_inside_sandbox
 from .source import UsageError, parse_arguments, parse_source, read_source
 from .terminal import clip, print_json, print_line, tell
@@ -35,12 +37,13 @@ def explain_call(
     ],
     policy: PolicyOption = None,
     workspace: WorkspaceOption = None,
+    role: RoleOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Show how a call would be judged: effect, rules, profile, and what would change it.
 
-    Nothing runs and nothing is recorded. Exits with 0 where the call is allowed, 20 where it is
-    asked or denied.
+    It is judged as the first call of a session that begins now. Nothing runs, nothing is recorded
+    or counted. Exits with 0 where the call is allowed, 20 where it is asked or denied.
     """
     refuse_inside_sandbox("policy explain")
     asked = _parse_call(call, read_source(call))
@@ -49,11 +52,13 @@ def explain_call(
     )
     if policy is None:
         tell(resolution.why)
+    judged = resolution.policy.for_role(role)
+    facts = Facts(role=role, origin="explain", now_ms=time.time_ns() // 1_000_000)
     try:
-        with canonicalize(resolution.policy, asked) as canonical:
-            explanation = explain(resolution.policy, canonical.document)
+        with canonicalize(judged, asked) as canonical:
+            explanation = explain(judged, canonical.document, facts)
     except Denied as denied:
-        return _show_refusal(asked, denied, resolution.policy, as_json=as_json)
+        return _show_refusal(asked, denied, judged, as_json=as_json)
     if as_json:
         print_json(explanation.to_json())
     else:
@@ -107,14 +112,21 @@ def _show(explanation: Explanation) -> None:
         print_line(f"  {name:<12} {clip(json.dumps(value), _VALUE_CHARACTERS)}")
     print_line(f"  enforcement  {decision.enforcement}")
     print_line(f"  policy       {decision.policy}")
+    for bound in decision.obligations:
+        print_line(f"  counts       {describe_bound(bound)} ({bound.id})")
     if decision.advice:
         print_line(f"  advice       {decision.advice}")
     if decision.profile is not None:
         _show_profile(decision.profile)
     if not explanation.considered:
         print_line(f"  no rule speaks of {document.tool}")
+    part = ""
     for item in explanation.considered:
-        print_line(_considered(item, decided=item.rule in decision.rules))
+        if item.part and item.part != part:
+            part = item.part
+            print_line(f"  held against {clip(part, _VALUE_CHARACTERS)}")
+        decided = item.rule in decision.rules and (item.matched or not part)
+        print_line(_considered(item, decided=decided))
 
 
 def _considered(item: Considered, *, decided: bool) -> str:

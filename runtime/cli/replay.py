@@ -14,7 +14,7 @@ from safeconduct.attestation import Opening, read_entries, read_opened
 from safeconduct.attestation.replay import ReplayReport, replay_policy
 from safeconduct.call import EntryKind
 from safeconduct.errors import Exit, TraceInvalid
-from safeconduct.policies import Policy, parse_policy, read_policy_file
+from safeconduct.policies import Judged, compile_elsewhere, read_policy_file
 
 from .options import JsonOption, TraceArgument
 from .places import find_trace
@@ -48,24 +48,32 @@ def replay(
         )
     path = find_trace(trace, os.environ)
     try:
-        if next(read_entries(path), None) is None:
-            raise TraceInvalid(f"{path} has no entries", code="trace.missing")
-        judged = _policy(policy, workspace or _recorded_workspace(path))
-        report = replay_policy(path, judged)
+        report, version = judge_again(path, policy, workspace)
     except TraceInvalid as error:
         tell(f"{error.message} [{error.code}]", f"safeconduct trace verify {path}")
         return Exit.TRACE_IO
     if as_json:
-        print_json({**asdict(report), "clean": report.clean, "policy": judged.version})
+        print_json({**asdict(report), "clean": report.clean, "policy": version})
     else:
         _print(report)
     return Exit.OK if report.clean else Exit.FINDINGS
 
 
-def _policy(file: Path, workspace: Path) -> Policy:
+def judge_again(trace: Path, policy: Path, workspace: Path | None) -> tuple[ReplayReport, str]:
+    """Judge the Calls of a trace by a policy file; return what changed and the policy's version.
+
+    ``workspace`` is what `$WS` stands for, by default as recorded. TraceInvalid where the trace
+    has no entries or one cannot be read.
+    """
+    if next(read_entries(trace), None) is None:
+        raise TraceInvalid(f"{trace} has no entries", code="trace.missing")
+    judged = _policy(policy, workspace or _recorded_workspace(trace))
+    return replay_policy(trace, judged), judged.version
+
+
+def _policy(file: Path, workspace: Path) -> Judged:
     """Compile the policy for a workspace that need not exist on this machine."""
-    data = read_policy_file(file).data
-    return parse_policy(data, name=str(file), workspace=Path(os.path.realpath(workspace)))
+    return compile_elsewhere(read_policy_file(file), workspace=Path(os.path.realpath(workspace)))
 
 
 def _recorded_workspace(trace: Path) -> Path:

@@ -14,12 +14,14 @@ from safeconduct.call import Profile
 from safeconduct.errors import Exit, PolicyError
 from safeconduct.policies import (
     Found,
+    Judged,
     Level,
     Origin,
     Policy,
     Rule,
     TrustStore,
     check_policy,
+    describe_bound,
     discover_policy,
     load_policy,
 )
@@ -60,7 +62,8 @@ def trust(
         print_line(f"{path}: {'no longer trusted' if there else 'was not trusted'}")
         return Exit.OK
     Found(path=path, origin=Origin.PROJECT, why="it is to be trusted").refuse_link()
-    # The digest is of the very bytes that were compiled and are shown: read once.
+    # The digest is of the very bytes that were compiled and are shown, those of the files that
+    # it extends among them: read once.
     policy = load_policy(path)
     trusted = store.is_trusted(path, policy.version)
     if as_json:
@@ -101,23 +104,25 @@ def _agreed(outside: int) -> bool:
     return sys.stdin.readline(16).strip().lower() in ("y", "yes")
 
 
-def _json(path: Path, policy: Policy, *, trusted: bool) -> dict[str, object]:
+def _json(path: Path, policy: Judged, *, trusted: bool) -> dict[str, object]:
     return {
         "file": str(path),
         "digest": policy.version,
         "trusted": trusted,
         "workspace": policy.workspace,
         "outside": _outside(path, policy),
-        "grants": [_line(policy, rule) for rule in _rules(policy)],
+        "grants": [_line(part, rule) for part in policy.parts for rule in part.every_rule()],
         "profiles": [
             {"name": name, "engine": profile.engine.value, **_folders(profile)}
-            for name, profile in _profiles(policy).items()
+            for part in policy.parts
+            for name, profile in _profiles(part).items()
         ],
+        "servers": {name: list(server.run) for name, server in policy.servers.items()},
         "findings": [one.to_json() for one in check_policy(policy)],
     }
 
 
-def _show(path: Path, policy: Policy, *, trusted: bool) -> None:
+def _show(path: Path, policy: Judged, *, trusted: bool) -> None:
     print_line(f"{path}")
     print_line("  outside the workspace:")
     for text in _outside(path, policy) or ["nothing"]:
@@ -125,16 +130,26 @@ def _show(path: Path, policy: Policy, *, trusted: bool) -> None:
     print_line(f"  digest     {policy.version} ({'trusted' if trusted else 'not trusted'})")
     print_line(f"  workspace  {policy.workspace}")
     print_line("  it says    (what is not granted is denied)")
-    for rule in _rules(policy):
-        _show_rule(policy, rule)
-    for name, profile in _profiles(policy).items():
-        print_line(f"  profile {name}  (engine {profile.engine})")
-        for verb, folders in _folders(profile).items():
-            _show_list(f"    {verb:<5} ", folders)
+    for part in reversed(policy.parts):
+        _show_part(part, alone=len(policy.parts) == 1)
     for one in check_policy(policy):
         word = "ERROR" if one.level is Level.ERROR else "warning"
         if one.code != _OUTSIDE:
             print_line(f"  {word}    line {one.line}: {one.message}")
+
+
+def _show_part(part: Policy, *, alone: bool) -> None:
+    """Print the rules and profiles of one file; of several, the narrowest comes first."""
+    if not alone:
+        print_line(f"  {part.file}")
+    for rule in part.every_rule():
+        _show_rule(part, rule)
+    for name, profile in _profiles(part).items():
+        print_line(f"  profile {name}  (engine {profile.engine})")
+        for verb, folders in _folders(profile).items():
+            _show_list(f"    {verb:<5} ", folders)
+    for server in part.servers.values():
+        _show_list(f"  server {server.name}  ", server.run)
 
 
 def _show_rule(policy: Policy, rule: Rule) -> None:
@@ -145,11 +160,15 @@ def _show_rule(policy: Policy, rule: Rule) -> None:
         return
     print_line(f"    {rule.effect:<5} {rule.tool}{_options(policy, rule)}")
     for name, matcher in (rule.matchers or {}).items():
-        text = f"      {name} {matcher.describe()}"
+        text = f"      {_argument(rule, name)} {matcher.describe()}"
         if len(text) <= _LINE_CHARACTERS or not matcher.words:
             print_line(text)
         else:
-            _show_list(f"      {name} ({matcher.kind}) ", matcher.words)
+            _show_list(f"      {_argument(rule, name)} ({matcher.kind}) ", matcher.words)
+
+
+def _argument(rule: Rule, name: str) -> str:
+    return f"{name} (optional)" if name in rule.optional else name
 
 
 def _show_list(head: str, words: Sequence[str]) -> None:
@@ -162,7 +181,7 @@ def _show_list(head: str, words: Sequence[str]) -> None:
         print_line(f"        {word}")
 
 
-def _outside(path: Path, policy: Policy) -> list[str]:
+def _outside(path: Path, policy: Judged) -> list[str]:
     """Return every grant that reaches out of the project, a moved workspace first."""
     folder = Path(os.path.abspath(path)).parent
     project = os.path.realpath(folder.parent if folder.name == _POLICY_FOLDER else Path.cwd())
@@ -182,20 +201,24 @@ def _profiles(policy: Policy) -> dict[str, Profile]:
     return {**policy.profiles, policy.default_profile.name: policy.default_profile}
 
 
-def _rules(policy: Policy) -> list[Rule]:
-    return [rule for tool in policy.tools.values() for rule in tool.all]
-
-
 def _line(policy: Policy, rule: Rule) -> str:
     matchers = rule.matchers
     named = "with any arguments"
     if matchers is not None:
-        named = ", ".join(f"{name} {matcher.describe()}" for name, matcher in matchers.items())
+        named = ", ".join(
+            f"{_argument(rule, name)} {matcher.describe()}" for name, matcher in matchers.items()
+        )
     return f"{rule.effect:<5} {rule.tool} {named}{_options(policy, rule)}"
 
 
 def _options(policy: Policy, rule: Rule) -> str:
     rest = ", and any other arguments" if rule.rest else ""
+    if rule.role is not None:
+        rest += f", in role {rule.role}"
+    if rule.when is not None:
+        rest += f", when {rule.when.text}"
+    if rule.bounds:
+        rest += f", {', '.join(describe_bound(bound) for bound in rule.bounds)}"
     if rule.tool.startswith("fs.") or rule.effect == "deny":
         return rest
     profile = policy.profile_of(rule)

@@ -42,11 +42,11 @@ class Toolbox:
             "shell.run": lambda: shell.run(task, self.native, self.shields, explain=self.explain),
             "http.get": lambda: http.get(task, self.native),
             "wasm.run": lambda: wasm.run(task, self.wasm),
-            "python.run": lambda: python.run(task, self.python, self.shields),
+            "python.run": lambda: python.run(task, self.python, self.shields, explain=self.explain),
         }
         function = self.functions.get(task.document.tool)
         if function is not None:
-            return python.call(task, function, self.python, self.shields)
+            return python.call(task, function, self.python, self.shields, explain=self.explain)
         run = table.get(task.document.tool)
         if run is None:
             raise ToolFailed(

@@ -46,11 +46,19 @@ class Engine(StrEnum):
 class WorkspaceMode(StrEnum):
     """How a call's writes reach the workspace.
 
-    ``direct``: at once. ``overlay``: not before somebody commits them (docs/workspace.md).
+    ``direct``: at once. ``overlay``: not before somebody commits them; ``session-overlay``: the
+    same, but later calls of the session see them (docs/workspace.md).
     """
 
+    # INVARIANT: from the widest to the narrowest; where two apply, the later one counts.
     DIRECT = "direct"
+    SESSION = "session-overlay"
     OVERLAY = "overlay"
+
+    @property
+    def overlaid(self) -> bool:
+        """Tell whether writes go to an overlay."""
+        return self is not WorkspaceMode.DIRECT
 
 
 class Tier(StrEnum):
@@ -194,11 +202,62 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a decision may depend on besides the Document: who calls, how often, and when.
+
+    ``calls`` and ``denied`` count this session so far; ``now_ms`` is the wall clock (Unix, UTC).
+    """
+
+    role: str | None = None
+    caller: str = "local"
+    origin: str = "sdk"
+    calls: int = 0
+    denied: int = 0
+    now_ms: int = 0
+
+
+class Unit(StrEnum):
+    """What a budget counts. Money is counted in millionths."""
+
+    CALLS = "calls"
+    BYTES = "bytes"
+    MONEY = "money"
+    TOKENS = "tokens"
+
+
+class Per(StrEnum):
+    """What a budget is for: each call, the session, a UTC day, or a sliding window (a rate)."""
+
+    CALL = "call"
+    SESSION = "session"
+    DAY = "day"
+    WINDOW = "window"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """An obligation: at most ``most`` of ``unit``, counted under ``id``.
+
+    ``reserve`` is taken before the Call runs, and put right when what it used is known.
+    ``window_ms`` is set where ``per`` is ``window``.
+    """
+
+    id: str
+    unit: Unit
+    most: int
+    per: Per
+    reserve: int
+    window_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """The judgement of one Document by one policy version.
 
     ``rules`` are the ids of the rules that decided, ``reason`` one sentence for the agent and
     ``advice`` the smallest change that would allow it, which only the operator is shown.
+    ``obligations`` must be met before the Call runs. ``observed`` tells that it runs whatever
+    ``effect`` says, because the operator only observes.
     """
 
     effect: Effect
@@ -209,6 +268,8 @@ class Decision:
     advice: str = ""
     profile: Profile | None = None
     enforcement: Enforcement = Enforcement.SANDBOX
+    obligations: tuple[Bound, ...] = ()
+    observed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

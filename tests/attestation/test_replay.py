@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from safeconduct.attestation import TraceWriter
 from safeconduct.attestation.replay import replay_policy
-from safeconduct.call import Effect
+from safeconduct.call import Effect, EntryKind, Json
 from safeconduct.policies import Policy, parse_policy
 
 from .kit import Bench, write_trace  # noqa: TID251 - the tests' own kit
@@ -47,3 +49,66 @@ def test_erased_and_false_openings_are_undecidable(trace: Path) -> None:
     assert {one.code for one in report.undecidable} == {"opening.missing", "opening.false"}
     shutil.rmtree(trace / "openings")
     assert len(replay_policy(trace, policy("$WS/**")).undecidable) == 4
+
+
+def decided(bench: Bench, body: dict[str, Json]) -> Path:
+    """Write a trace of one call whose decision says ``body`` too."""
+    signer = bench.signer()
+    with closing(signer), TraceWriter.open(bench.trace, signer=signer) as writer:
+        session = writer.open_session("local", "sdk")
+        document: Json = {"tool": "fs.read", "arguments": {"path": "/ws/a"}, "workspace": "/ws"}
+        intent: dict[str, Json] = {
+            "call": "c", "tool": "fs.read", "caller": "helper", "origin": "sdk", "parent": None,
+        }  # fmt: skip
+        decision: dict[str, Json] = {
+            "call": "c", "effect": "allow", "code": "policy.allow", "rules": [],
+            "policy": "0" * 64, "enforcement": "object", **body,
+        }  # fmt: skip
+        writer.append(
+            EntryKind.CALL_INTENT, intent, session=session, committed={"document": document}
+        )
+        writer.append(EntryKind.CALL_DECISION, decision, session=session)
+        writer.close_session(session)
+    return bench.trace
+
+
+FACTS: dict[str, Json] = {"role": None, "calls": 1, "denied": 0, "now_ms": 1}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        None,
+        [],
+        "text",
+        {},
+        {**FACTS, "calls": True},
+        {**FACTS, "now_ms": "1"},
+        {**FACTS, "role": 1},
+        {**FACTS, "denied": None},
+    ],
+)
+def test_facts_that_are_none_are_not_taken_for_others(bench: Bench, facts: Json) -> None:
+    report = replay_policy(decided(bench, {"facts": facts}), policy("$WS/**"))
+    assert [one.code for one in report.undecidable] == ["facts.invalid"]
+
+
+@pytest.mark.parametrize("now_ms", [-(2**53) + 1, 0, 2**53 - 1])
+def test_no_time_breaks_the_judgement(bench: Bench, now_ms: int) -> None:
+    text = 'version: 1\ntools: {fs.read: {allow: {path: ["$WS/**"]}, when: "time.hour >= 0"}}\n'
+    timed = parse_policy(text.encode(), name="test.yaml", workspace=Path("/ws"))
+    report = replay_policy(decided(bench, {"facts": {**FACTS, "now_ms": now_ms}}), timed)
+    assert (report.same, len(report.changes)) == ((1, 0) if now_ms > 0 else (0, 1))
+
+
+def test_a_role_that_the_policy_does_not_have_is_undecidable(bench: Bench) -> None:
+    trace = decided(bench, {"facts": {**FACTS, "role": "x"}})
+    assert [one.code for one in replay_policy(trace, policy("$WS/**")).undecidable] == [
+        "policy.unknown_role"
+    ]
+
+
+def test_what_a_capability_alone_refused_is_not_judged(bench: Bench) -> None:
+    trace = decided(bench, {"effect": "deny", "code": "capability.expired", "facts": FACTS})
+    report = replay_policy(trace, policy("$WS/**"))
+    assert (report.calls, report.unjudged, report.clean) == (1, 1, True)

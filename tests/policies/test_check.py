@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,96 @@ def test_a_list_is_described_in_full(form: str, lead: str) -> None:
 )
 def test_an_argv_is_described_with_its_values(written: str, shown: str) -> None:
     assert described(f"{{argv: {written}}}") == f"argv {shown}"
+
+
+def findings(text: str) -> list[tuple[str, int]]:
+    found = check_policy(parse(text))
+    assert all(one.fix and one.file == "p" for one in found)
+    return [(one.code, one.line) for one in found]
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "covers"),
+    [
+        ("{a: {path: ['$WS/**']}}", "{a: {path: ['$WS/src/**']}}", True),
+        ("{a: {path: ['$WS/src/**']}}", "{a: {path: ['$WS/**']}}", False),
+        ("{a: {email: any}}", "{a: {email: ['*@corp.example']}}", True),
+        ("{a: {email: any, not: ['*@corp.example']}}", "{a: {email: ['*@corp.example']}}", False),
+        ("{a: [x, y]}", "{a: [x], b: any}", True),
+        ("{a: [x, y]}", "{a: [x, z]}", False),
+        ("{a: {argv: [git, ...]}}", "{a: {argv: [git, push, origin]}}", True),
+    ],
+)
+def test_rules_that_never_count(wide: str, narrow: str, covers: bool) -> None:
+    denied = findings(f"tools:\n  t:\n  - {{allow: {narrow}}}\n  - {{deny: {wide}}}\n")
+    assert (("check.unreachable", 4) in denied) is covers
+    asked = findings(f"tools:\n  t:\n  - {{allow: {narrow}}}\n  - {{ask: {wide}}}\n")
+    assert (("check.swallowed", 4) in asked) is covers
+
+
+def test_a_condition_leaves_something() -> None:
+    rule = "tools:\n  t:\n  - {{allow: any{}}}\n  - {{deny: any{}}}\n"
+    weekend = ", when: \"time.weekday in ['sat', 'sun']\""
+    assert findings(rule.format("", weekend)) == []
+    assert findings(rule.format(weekend, weekend)) == [("check.unreachable", 4)]
+
+
+def test_a_deny_by_wildcard_reaches_other_names() -> None:
+    text = "tools:\n  files.read: {allow: {a: [x]}}\n  files.*: {deny: any}\n"
+    assert findings(text) == [("check.unreachable", 3)]
+    text = "tools:\n  files.read_*: {allow: {a: [x]}}\n  files.*: {deny: any}\n"
+    assert findings(text) == [("check.unreachable", 3)]
+    text = "tools:\n  files.*: {allow: {a: [x]}}\n  files.read_*: {deny: any}\n"
+    assert findings(text) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        ("files.*: {allow: any}", True),
+        ("files.*: {allow: {a: any, rest: any}}", True),
+        ("files.*: {ask: any}", False),
+        ("files.*: {allow: {a: [x]}}", False),
+        ("'*.read': {allow: {a: [x]}}", True),
+        ("'*.read': {deny: any}", False),
+    ],
+)
+def test_grants_by_wildcard_that_are_too_broad(rule: str, found: bool) -> None:
+    assert (("check.broad_wildcard", 3) in findings(f"tools:\n  {rule}\n")) is found
+
+
+def test_a_role_within_one_that_grants_less() -> None:
+    text = (
+        "roles:\n"
+        "  wide:\n    t: {allow: any}\n    files.*: {ask: any}\n    v: {deny: any}\n"
+        "  narrow:\n    narrows: wide\n    t: {allow: any}\n    files.x: {allow: any}\n"
+        "    u: {allow: any}\n    v: {allow: any}\n"
+    )
+    assert findings(text) == [("check.unreachable", 11), ("check.unreachable", 12)]
+
+
+def test_every_role_is_looked_at() -> None:
+    text = (
+        "profiles: {wide: {read: [/etc/**]}}\n"
+        "roles:\n  a:\n    fs.read: {allow: {path: {path: [/etc/**], not: [/etc/shadow]}}}\n"
+        "    files.x: {allow: {p: {path: [/srv/**]}}}\n"
+        "    files.*: {ask: {p: {path: [/var/**]}}}\n"
+    )
+    lines = [line for code, line in findings(text) if code == "check.outside"]
+    assert lines == [2, 5, 6, 7]
+
+
+def test_many_rules_are_compared_within_bounds() -> None:
+    denies = "".join(f"  - {{deny: {{a: {{path: ['/a{n}/**']}}}}}}\n" for n in range(300))
+    allows = "".join(f"  - {{allow: {{a: {{path: ['/a{n}/b']}}}}}}\n" for n in range(300))
+    start = time.monotonic()
+    check_policy(parse(f"tools:\n  t:\n{denies}{allows}"))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("tool", ["shell.run", "python.run", "wasm.run"])
+def test_an_engine_that_refuses_every_call_is_found(tool: str) -> None:
+    rule = "{allow: any, profile: w}"
+    policy = parse(f"profiles: {{w: {{engine: wasm}}}}\ntools: {{{tool}: {rule}}}")
+    codes = [one.code for one in check_policy(policy)]
+    assert codes.count("check.no_engine") == (0 if tool == "wasm.run" else 1)

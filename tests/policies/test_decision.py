@@ -37,7 +37,28 @@ Judge = Callable[..., Decision]
 WORKSPACE = Path("/srv/space")
 RANK = {Effect.DENY: 0, Effect.ASK: 1, Effect.ALLOW: 2}
 
-matchers = st.sampled_from(["any", "[x]", "[x, y]", "{in: [y]}", "{text: {max: 1B}}"])
+matchers = st.sampled_from(
+    [
+        "any",
+        "[x]",
+        "[x, y]",
+        "{in: [y]}",
+        "{in: [x, y], not: [x]}",
+        "{text: {max: 1B}}",
+        "{regex: x+}",
+        "{regex: '[a-z]+', not: [x, y]}",
+    ]
+)
+options = st.sampled_from(
+    [
+        "",
+        "",
+        ", when: \"call.a == 'x'\"",
+        ', when: "len(call.b) > 1"',
+        ', when: "session.calls > 0"',
+        ", when: \"session.role == 'r'\"",
+    ]
+)
 arguments = st.dictionaries(st.sampled_from(["a", "b", "rest"]), matchers, max_size=3)
 
 
@@ -49,7 +70,10 @@ def rules(draw: st.DrawFn, effects: tuple[str, ...] = ("allow", "ask", "deny")) 
         named["rest"] = "any"
     body = ", ".join(f"{name}: {matcher}" for name, matcher in named.items())
     whole = not set(named) - {"rest"} and (effect == "deny" or draw(st.booleans()))
-    return f"{{{effect}: {'any' if whole else '{' + body + '}'}}}"
+    option = draw(options)
+    if effect != "deny" and draw(st.booleans()):
+        option += ", rate: 5/h, budget: {calls: 3}"
+    return f"{{{effect}: {'any' if whole else '{' + body + '}'}{option}}}"
 
 
 values = st.one_of(
@@ -77,6 +101,8 @@ def test_the_order_of_rules_never_matters(
     random.shuffle(shuffled)
     one, other = verdict(listed, document), verdict(shuffled, document)
     assert (one.effect, one.code, one.profile) == (other.effect, other.code, other.profile)
+    # The ids count the rules, so only how much is demanded can be compared.
+    assert len(one.obligations) == len(other.obligations)
 
 
 @given(st.lists(rules(), max_size=4), rules(("deny",)), documents)

@@ -24,6 +24,7 @@ from safeconduct.policies import (
 )
 
 READS = b'version: 1\ntools: {fs.read: {allow: {path: ["$WS/src/**"]}}}\n'
+WRITE: dict[str, Json] = {"path": "/tmp/new", "content": ""}
 WIDE = b"version: 1\ntools: {fs.read: {allow: any}, fs.write: {allow: any}}\n"
 
 
@@ -251,3 +252,72 @@ class TestStore:
     def test_only_digests_are_pinned(self, home: Home) -> None:
         with pytest.raises(ValueError, match="digest"):
             home.trust.pin(home.project, "sha256:x")
+
+
+def managed_policy(home: Home, data: bytes) -> Path:
+    """Lay down a managed policy; only root can make one that is believed."""
+    path = home.write(home.system.parent / "managed.yaml", data)
+    if os.geteuid() != 0:
+        pytest.skip("only root lays down a managed policy")
+    return path
+
+
+def test_a_managed_policy_stands_above_every_other(home: Home) -> None:
+    mine = home.write(home.root / "mine.yaml", WIDE)
+    home.write(home.own, WIDE)
+    assert judge_with(home.resolve(mine).policy, "fs.write", WRITE).effect is Effect.ALLOW
+    path = managed_policy(home, b"version: 1\ntools: {fs.read: {allow: any}}\n")
+    real = str(home.workspace / "src/main.py")
+    for explicit in (mine, None):
+        found = home.resolve(explicit)
+        assert judge_with(found.policy, "fs.write", WRITE).effect is Effect.DENY
+        assert judge_with(found.policy, "fs.read", {"path": real}).effect is Effect.ALLOW
+        assert path in found.files
+        assert found.why.endswith(f"within {path}")
+
+
+def test_a_managed_policy_bounds_a_trusted_project_too(home: Home) -> None:
+    managed_policy(home, READS)
+    home.write(home.project, WIDE)
+    home.trust.pin(home.project, read_policy_file(home.project).digest)
+    assert judge_with(home.resolve().policy, "fs.write", WRITE).effect is Effect.DENY
+
+
+@pytest.mark.parametrize("spoil", ["owner", "mode", "broken"])
+def test_a_managed_policy_that_is_not_roots_own_refuses_everything(home: Home, spoil: str) -> None:
+    mine = home.write(home.root / "mine.yaml", WIDE)
+    path = managed_policy(home, READS if spoil != "broken" else b"version: 2\n")
+    if spoil == "owner":
+        os.chown(path, 65534, 65534)
+    elif spoil == "mode":
+        path.chmod(0o664)
+    with pytest.raises(PolicyError) as error:
+        home.resolve(mine)
+    assert error.value.file == str(path)
+
+
+def test_an_ordinary_user_lays_down_no_managed_policy(home: Home) -> None:
+    mine = home.write(home.root / "mine.yaml", WIDE)
+    path = home.write(home.system.parent / "managed.yaml", READS)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    with pytest.raises(PolicyError, match="belong to root"):
+        home.resolve(mine)
+
+
+def test_a_managed_policy_that_cannot_be_looked_at_is_not_absent(home: Home) -> None:
+    """Such as one in a folder that only root may enter; a link to itself fails for root too."""
+    mine = home.write(home.root / "mine.yaml", WIDE)
+    folder = home.system.parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(folder.name)
+    with pytest.raises(PolicyError) as error:
+        home.resolve(mine)
+    assert error.value.code == "policy.unreadable"
+    assert error.value.file == str(folder / "managed.yaml")
+
+
+def test_a_relative_name_in_the_variable_counts_from_the_start(home: Home) -> None:
+    home.write(home.workspace / "src" / "named.yaml", READS)
+    home.environment["SAFECONDUCT_POLICY"] = "named.yaml"
+    assert home.resolve().files == (home.workspace / "src" / "named.yaml",)

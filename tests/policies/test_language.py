@@ -33,29 +33,27 @@ tools:
 HEAD = "version: 1\n"
 
 NOT_ENFORCED = [
-    "roles: {coder: {}}",
-    "servers: {}",
     "credentials: {}",
-    "labels: {}",
-    "flows: []",
-    "events: {}",
-    "order: []",
-    "extends: x",
+    "labels: {secret: {from: [{fs.read: {path: ['$WS/data/**']}}], track: session}}",
+    "flows: [{deny: secret, into: [http.get, mail.send.to]}]",
+    "events: {tested: {on: {shell.run: {argv: [pytest, ...]}}, exit: 0}}",
+    "order: [{require: tested, after: edited, before: pushed}]",
+    "rego: policy.rego",
+    "rate: 5/h",
+    "budget: {calls: 5}",
+    "require: {witness: 2}",
     "profiles: {p: {net: ['* https://x/**']}}",
     "profiles: {p: {net: all}}",
     "profiles: {p: {credentials: [x]}}",
     "profiles: {p: {limits: {calls: 50}}}",
-    "tools: {t: {allow: any, rate: 5/h}}",
-    "tools: {t: {allow: any, budget: 5}}",
+    "servers: {s: {url: 'https://mail.example/mcp'}}",
+    "servers: {s: {run: [x], install: npm}}",
     "tools: {t: {allow: any, remember: never}}",
-    "tools: {t: {allow: any, when: x}}",
-    "tools: {t: {allow: {a: {email: [x]}}}}",
-    "tools: {t: {allow: {a: {regex: x}}}}",
-    "tools: {t: {allow: {a: {json: {}}}}}",
-    "tools: {t: {allow: {a: {host: [x]}}}}",
+    "tools: {t: {allow: any, irreversible: true}}",
     "tools: {t: {allow: {a: {shell: x}}}}",
-    "tools: {t: {deny: {a: {not: [x]}}}}",
-    "tools: {shell.run: {allow: {argv: [a, {regex: x}]}}}",
+    "tools: {t: {allow: {a: {text: {max: 4B, min: 1B}}}}}",
+    "tools: {shell.run: {allow: {argv: [a, {host: [x]}]}}}",
+    "roles: {r: {t: {allow: any, redact: [x]}}}",
 ]
 
 
@@ -74,7 +72,16 @@ WRONG = {
     "unknown rule key": ("tools:\n  t: {alow: any}", 3, "unknown key 'alow'"),
     "unknown profile key": ("profiles: {p: {reads: []}}", 2, "unknown key 'reads'"),
     "unknown matcher": ("tools: {t: {allow: {a: {pth: [x]}}}}", 2, "unknown key 'pth'"),
-    "wildcard tool": ('tools:\n  "files.*": {allow: any}', 3, "not the name of one tool"),
+    "server of ours": ("servers: {fs: {run: [x]}}", 2, "tools under it are ours"),
+    "server without command": ("servers: {s: {run: []}}", 2, "at least 1"),
+    "server with nothing": ("servers: {s: {profile: p}}", 2, "'run' is missing"),
+    "server in no profile": ("servers: {s: {run: [x], profile: p}}", 2, "no profile 'p'"),
+    "server in wasm": (
+        "profiles: {p: {engine: wasm}}\nservers: {s: {run: [x], profile: p}}",
+        3,
+        "engine: wasm",
+    ),
+    "unknown server key": ("servers: {s: {command: [x]}}", 2, "unknown key 'command' in a server"),
     "bad tool name": ('tools: {"a b": {allow: any}}', 2, "cannot be a name"),
     "unknown tool of ours": ("tools: {fs.raed: {allow: any}}", 2, "no tool 'fs.raed'"),
     "unknown argument": ("tools: {fs.read: {allow: {file: any}}}", 2, "no argument 'file'"),
@@ -198,6 +205,19 @@ profiles:
     assert policy.profiles["py"].limits.fuel == 5 * 10**9
 
 
+def test_servers_are_compiled(workspace: Path) -> None:
+    text = """\
+version: 1
+profiles: {docs: {read: ["$WS/**"]}}
+servers:
+  files: {run: [npx, "server@1", $WS, "$WS/docs", x$WS], profile: docs}
+  mail: {run: [mail-server]}
+"""
+    servers = parse_policy(text.encode(), name="p", workspace=workspace).servers
+    assert servers["files"].run == ("npx", "server@1", f"{workspace}", f"{workspace}/docs", "x$WS")
+    assert (servers["files"].profile, servers["mail"].profile) == ("docs", None)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_clean(name: str, workspace: Path) -> None:
     assert check_policy(parse_policy(read_preset(name), name=name, workspace=workspace)) == ()
@@ -211,7 +231,7 @@ def test_the_schema_accepts_what_loads() -> None:
     for data in (TEN_LINES, *(read_preset(name) for name in PRESETS)):
         document = syntax.to_data(syntax.parse_syntax(data, name="p"))
         jsonschema.Draft202012Validator(schema).validate(document)
-    assert not jsonschema.Draft202012Validator(schema).is_valid({"version": 1, "roles": {}})
+    assert not jsonschema.Draft202012Validator(schema).is_valid({"version": 1, "labels": {}})
     json.dumps(schema)
 
 

@@ -11,6 +11,7 @@ from safeconduct.errors import PolicyError
 from safeconduct.policies import check_policy, narrow_profiles, parse_policy, policy_schema
 
 DIRECT, OVERLAY = WorkspaceMode.DIRECT, WorkspaceMode.OVERLAY
+SESSION = WorkspaceMode.SESSION
 
 
 def profiles(text: str, tmp_path: Path) -> dict[str, WorkspaceMode]:
@@ -21,8 +22,11 @@ def profiles(text: str, tmp_path: Path) -> dict[str, WorkspaceMode]:
 
 def test_it_is_direct_unless_said_and_is_copied_by_like(tmp_path: Path) -> None:
     text = "a: {}, b: {workspace: overlay}, c: {like: b}, d: {like: b, workspace: direct}"
+    text += ", e: {like: b, workspace: session-overlay}, f: {like: e}"
     found = profiles(text, tmp_path)
-    assert found == {"a": DIRECT, "b": OVERLAY, "c": OVERLAY, "d": DIRECT}
+    assert found == {
+        "a": DIRECT, "b": OVERLAY, "c": OVERLAY, "d": DIRECT, "e": SESSION, "f": SESSION
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,9 @@ def test_it_is_direct_unless_said_and_is_copied_by_like(tmp_path: Path) -> None:
     [
         "a: {workspace: shadow}",
         "a: {workspace: [overlay]}",
+        "a: {workspace: session}",
         "a: {engine: wasm, workspace: overlay}",
+        "a: {engine: wasm, workspace: session-overlay}",
     ],
 )
 def test_what_nothing_can_enforce_is_refused(text: str, tmp_path: Path) -> None:
@@ -46,11 +52,13 @@ def test_of_two_profiles_the_stricter_counts(one: WorkspaceMode, other: Workspac
         Profile(name="a", workspace=one, write=("/w",)),
         Profile(name="b", workspace=other, write=("/w",)),
     )
-    assert both.workspace is (OVERLAY if OVERLAY in (one, other) else DIRECT)
+    # A session's overlay holds writes back too, but shows what other calls did.
+    strictness = [DIRECT, SESSION, OVERLAY]
+    assert both.workspace is max(one, other, key=strictness.index)
 
 
-def test_the_schema_names_both() -> None:
-    assert "overlay" in str(policy_schema())
+def test_the_schema_names_all() -> None:
+    assert all(f"'{mode}'" in str(policy_schema()) for mode in WorkspaceMode)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,9 @@ def test_the_schema_names_both() -> None:
         ("fs.read", '{allow: {path: ["$WS/**"]}}', []),
         ("fs.write", '{allow: {path: ["$WS/**"]}, profile: plain}', []),
         ("python.run", "{allow: {code: any}, profile: looks}", []),
+        ("fs.read", '{allow: {path: ["$WS/**"]}, profile: shared}', ["check.no_overlay"]),
+        ("fs.list", '{ask: {path: ["$WS/**"]}, profile: shared}', ["check.no_overlay"]),
+        ("python.run", "{allow: {code: any}, profile: shared}", ["check.no_overlay"]),
     ],
 )
 def test_a_rule_that_its_overlay_would_always_refuse_is_found(
@@ -69,6 +80,7 @@ def test_a_rule_that_its_overlay_would_always_refuse_is_found(
     text = (
         'version: 1\nprofiles:\n  base: {write: ["$WS/**"], workspace: overlay}\n'
         '  plain: {write: ["$WS/**"]}\n  looks: {read: ["$WS/**"], workspace: overlay}\n'
+        '  shared: {read: ["$WS/**"], workspace: session-overlay}\n'
         f"tools: {{{tool}: {rule}}}\n"
     )
     policy = parse_policy(text.encode(), name="p.yaml", workspace=tmp_path)

@@ -511,6 +511,27 @@ def test_trust_shows_all_that_one_agrees_to(desk: Desk) -> None:
     assert all(pattern in found["grants"][0] for pattern in patterns)
 
 
+def test_trust_shows_and_pins_all_files_and_every_role(desk: Desk) -> None:
+    folder = desk.project / ".safeconduct"
+    folder.mkdir()
+    wide = "version: 1\ntools: {mail.*: {allow: {to: any}, rate: 5/h}}\nservers: {m: {run: [mm]}}\n"
+    (folder / "wide.yaml").write_text(wide)
+    (folder / "policy.yaml").write_text(
+        "version: 1\nextends: wide.yaml\ntools: {fs.list: {allow: any}}\n"
+        "roles: {a: {mail.send: {ask: any, when: 'session.calls < 5'}}}\n"
+    )
+    shown = desk.run("trust", "--show").out
+    for text in ("ask   mail.send with any", "in role a, when session.calls < 5", "server m  mm"):
+        assert text in shown
+    assert "allow mail.* to any value, rate 5/h" in shown
+    assert desk.run("trust", "--yes").code == Exit.OK
+    asked = (desk.root / "call.json", '{"tool": "fs.list", "arguments": {"path": "."}}')
+    asked[0].write_text(asked[1])
+    assert desk.run("policy", "explain", str(asked[0])).code == Exit.FINDINGS
+    (folder / "wide.yaml").write_text(wide + "# changed\n")
+    assert "policy.untrusted" in desk.run("policy", "explain", str(asked[0])).err
+
+
 def test_trust_shows_a_workspace_that_was_moved(desk: Desk) -> None:
     policy = desk.project / ".safeconduct" / "policy.yaml"
     policy.parent.mkdir()

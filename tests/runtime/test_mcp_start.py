@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from safeconduct.errors import Exit, PolicyError
 from safeconduct.policies import both, parse_policy
 from safeconduct.runtime.adapters.frames import Frames, TooLong
 from safeconduct.runtime.adapters.mcp_server import choose_profile
+from safeconduct.runtime.cli import mcp
 
 POLICY = """
 version: 1
@@ -163,3 +167,107 @@ def test_frames_are_the_same_however_they_arrive(size: int) -> None:
     assert isinstance(found[3], TooLong)
     assert found[3].prefix == b"x" * 20
     assert found[4:] == [b"last\n"]
+
+
+SERVERS = """
+version: 1
+profiles:
+  base: {read: ["$WS/**"]}
+  other: {like: base}
+servers:
+  named: {run: [sh, -c, "exit 7"], profile: other}
+tools:
+  "named.*": {allow: any}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["named"], 7, ""),
+        (["--name", "named", "--", "sh", "-c", "exit 7"], 7, ""),
+        (["--name", "named", "--", "sh", "-c", "exit 8"], Exit.FAILURE, "mcp.server_other"),
+        (["--profile", "base", "named"], Exit.FAILURE, "mcp.profile_conflict"),
+        (["nmaed"], Exit.FAILURE, "mcp.server_unknown"),
+        (["sh", "-c", "true"], Exit.USAGE, "--name"),
+    ],
+)
+def test_a_server_that_the_policy_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, said: str
+) -> None:
+    monkeypatch.setattr(f"{__name__}.POLICY", SERVERS)
+    done = start(tmp_path, *arguments)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "grants no tool" not in done.stderr
+
+
+CALL = (
+    '{{"jsonrpc":"2.0","id":{},"method":"tools/call",'
+    '"params":{{"name":"echo","arguments":{{}}}}}}\n'
+)
+WAITS = SERVERS.replace('"exit 7"', '"echo ready >&2; cat >&2"')
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (", profile: other}", "}", "the profile of the running server named"),
+        ("cat >", "true; cat >", "the command of the running server named"),
+        ("named: {run", "others: {run", "There is no server"),
+        ("  named:", "  # The same.\n  named:", None),
+    ],
+)
+def test_what_would_start_another_server_needs_a_new_start(
+    tmp_path: Path, before: str, after: str, said: str | None
+) -> None:
+    (tmp_path / "ws").mkdir()
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(WAITS)
+    policy.chmod(0o644)
+    common = ["--policy", str(policy), "--workspace", str(tmp_path / "ws")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "safeconduct", "mcp", *common, "named"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        _until(process, b"ready")
+        assert before in WAITS
+        policy.write_text(WAITS.replace(before, after))
+        for _ in range(200):
+            process.send_signal(signal.SIGUSR1)
+        told = ""
+        # A signal that just came may be handled after the next call, but is after some.
+        for number in range(1, 100):
+            process.stdin.write(CALL.format(number).encode())
+            process.stdin.flush()
+            # The server gets it once it was judged, and says so on stderr.
+            told += _until(process, b"tools/call").decode()
+            if said is None or told:
+                break
+        process.communicate(timeout=60)
+    assert process.returncode >= 0
+    assert ("the policy in force stays" in told) is (said is not None)
+    assert (said or "") in told
+
+
+def _until(process: subprocess.Popen[bytes], wanted: bytes) -> bytes:
+    """Read what it tells up to a line that holds something."""
+    late = threading.Timer(60, process.kill)
+    late.start()
+    told = b""
+    assert process.stderr is not None
+    try:
+        while wanted not in (line := process.stderr.readline()):
+            assert line, told
+            told += line
+    finally:
+        late.cancel()
+    return told
+
+
+def test_no_signal_to_load_a_policy_ends_what_begins_or_ends() -> None:
+    """Its default would kill us before the Trace is signed."""
+    with mcp._signals(queue.SimpleQueue()):  # pyright: ignore[reportPrivateUsage]
+        os.kill(os.getpid(), signal.SIGUSR1)

@@ -1,0 +1,254 @@
+"""Policy step 3: one compiled rule and how it binds. Immutable values; no I/O, no state.
+
+How a rule binds (INVARIANT, decision.py relies on it): allow and ask *grant* only Calls
+whose every argument they name (or that the signature leaves free); ask and deny *restrict*
+every Call whose named arguments match, whatever else it carries, so that an extra argument
+never slips past a deny. A list under a matcher that takes one value grants only if all of
+its elements match and restricts if any does. A `when` that cannot be judged is a doubt: it
+grants nothing, and restricts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final, TypeGuard
+
+from safeconduct.call import Bound, Effect, Json
+
+from .index import RuleIndex, index_rules
+from .match import AnyValue, Argv, Matcher
+from .signatures import BUILT_IN, PROGRAMS, Argument, Kind, Signature, merge_kinds
+from .syntax import Position
+from .when import When, WhenError
+from .wildcards import ToolPattern, is_ours
+
+_TAKE_LISTS: Final = (AnyValue, Argv)
+# What is a path or a URL for us is one that the tool itself opens.
+_TOOL_KIND: Final[Mapping[Kind, Kind]] = MappingProxyType(
+    {Kind.PATH: Kind.TOOL_PATH, Kind.URL: Kind.TOOL_URL}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One compiled rule. ``matchers`` is None for `any`; ``where`` is `file:line`.
+
+    ``tool`` is as written, with its wildcards. ``bounds`` are what the Calls it grants may use.
+    ``restricting`` are the matchers of an ask in the sense of a restriction, where it differs:
+    it grants only what surely is meant, and asks about whatever may be. ``optional`` are
+    arguments that the rule as written may find absent: it was compiled to several rules of one
+    id, the one that names them all first.
+    """
+
+    id: str
+    tool: str
+    effect: Effect
+    matchers: Mapping[str, Matcher] | None
+    restricting: Mapping[str, Matcher] | None = None
+    optional: tuple[str, ...] = ()
+    role: str | None = None
+    rest: bool = False
+    profile: str | None = None
+    when: When | None = None
+    bounds: tuple[Bound, ...] = ()
+    file: str = ""
+    position: Position = field(default=Position(0, 0))
+
+    @property
+    def where(self) -> str:
+        """Say where the rule stands."""
+        return f"{self.file}:{self.position.line}"
+
+    def grants(self, arguments: Mapping[str, Json], signature: Signature, workspace: str) -> bool:
+        """Tell whether the rule covers every argument of the Call."""
+        if self.matchers is None:
+            return True
+        for name, matcher in self.matchers.items():
+            if name not in arguments or not holds_all(matcher, arguments[name]):
+                return False
+        if self.rest:
+            return True
+        for name, value in arguments.items():
+            if name not in self.matchers and not signature.may_be_unnamed(name, value, workspace):
+                return False
+        return True
+
+    def restricts(self, arguments: Mapping[str, Json]) -> bool:
+        """Tell whether the arguments that the rule names match, whatever the others are."""
+        matchers = self.restricting or self.matchers
+        if matchers is None:
+            return True
+        for name, matcher in matchers.items():
+            if name not in arguments or not holds_any(matcher, arguments[name]):
+                return False
+        return True
+
+    def unnamed(
+        self, arguments: Mapping[str, Json], signature: Signature, workspace: str
+    ) -> list[str]:
+        """Return the arguments that this rule neither names nor leaves free."""
+        named = self.matchers or {}
+        if len(named) == len(arguments) and all(name in named for name in arguments):
+            return []
+        return [
+            name
+            for name, value in arguments.items()
+            if name not in named and not signature.may_be_unnamed(name, value, workspace)
+        ]
+
+    def holds(self, facts: Mapping[str, Json]) -> bool | None:
+        """Tell whether `when` holds; None where it cannot be judged."""
+        if self.when is None:
+            return True
+        try:
+            return self.when.holds(facts)
+        except WhenError:
+            return None
+
+
+def holds_all(matcher: Matcher, value: Json) -> bool:
+    """Match a value, or every element of a list that is not empty."""
+    if type(value) is str:
+        return matcher.matches(value)
+    if _is_list(value) and not takes_lists(matcher):
+        return len(value) > 0 and all(matcher.matches(item) for item in value)
+    return matcher.matches(value)
+
+
+def holds_any(matcher: Matcher, value: Json) -> bool:
+    """Match a value, or some element of a list."""
+    if type(value) is str:
+        return matcher.matches(value)
+    if _is_list(value) and not takes_lists(matcher):
+        return any(matcher.matches(item) for item in value)
+    return matcher.matches(value)
+
+
+def takes_lists(matcher: Matcher) -> bool:
+    """Tell whether a matcher judges a list as one value, not element by element."""
+    return isinstance(matcher, _TAKE_LISTS) or bool(getattr(matcher, "whole", False))
+
+
+def _is_list(value: Json) -> TypeGuard[Sequence[Json]]:
+    # Not `list | tuple`: asking about a union takes three times as long.
+    return isinstance(value, (list, tuple))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRules:
+    """The rules of one tool by effect, with the signature that its Calls must fit."""
+
+    signature: Signature
+    allow: tuple[Rule, ...] = ()
+    ask: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
+    # Derived from the rules; several where the rules of wildcards come to those of a name.
+    indexes: tuple[RuleIndex, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        indexed = {id(rule) for index in self.indexes for rule in index.rules}
+        # A copy with other rules (`replace`) must not keep the index of the old ones.
+        if not self.indexes or indexed != {id(rule) for rule in self.all}:
+            object.__setattr__(self, "indexes", (index_rules(self.all),))
+
+    @property
+    def all(self) -> tuple[Rule, ...]:
+        """Return every rule: deny first, as they are judged."""
+        return self.deny + self.ask + self.allow
+
+    def candidates(self, arguments: Mapping[str, Json]) -> Sequence[Rule]:
+        """Return every rule that may match these arguments, and few others."""
+        indexes = self.indexes
+        if len(indexes) == 1:
+            return indexes[0].candidates(arguments)
+        return [rule for index in indexes for rule in index.candidates(arguments)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wildcard:
+    """The rules under one tool name with wildcards."""
+
+    pattern: ToolPattern
+    allow: tuple[Rule, ...] = ()
+    ask: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
+    # Derived from the rules: of all of them, and of those that reach our own tools.
+    index: RuleIndex = field(init=False, compare=False, repr=False)
+    deny_index: RuleIndex = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", index_rules(self.all))
+        object.__setattr__(self, "deny_index", index_rules(self.deny))
+
+    @property
+    def all(self) -> tuple[Rule, ...]:
+        """Return every rule: deny first, as they are judged."""
+        return self.deny + self.ask + self.allow
+
+
+def join_rules(
+    tool: str, exact: ToolRules | None, wildcards: Sequence[Wildcard]
+) -> ToolRules | None:
+    """Join the rules of a name with those of every wildcard that covers it."""
+    covering = [item for item in wildcards if item.pattern.matches(tool)]
+    # A grant by wildcard never reaches our own tools, whatever its pattern, nor those that a host
+    # runs itself, unless it names the host.
+    program = tool.partition(".")[0]
+    granting = [
+        item
+        for item in covering
+        if not is_ours(tool) and (program not in PROGRAMS or item.pattern.names(program))
+    ]
+    named = exact or ToolRules(signature=Signature())
+    joined = ToolRules(
+        signature=named.signature,
+        allow=named.allow + tuple(rule for item in granting for rule in item.allow),
+        ask=named.ask + tuple(rule for item in granting for rule in item.ask),
+        deny=named.deny + tuple(rule for item in covering for rule in item.deny),
+        indexes=(
+            *named.indexes,
+            *(item.index if item in granting else item.deny_index for item in covering),
+        ),
+    )
+    if not joined.all or (exact is None and is_ours(tool) and tool not in BUILT_IN):
+        return None
+    built_in = BUILT_IN.get(tool)
+    return replace(joined, signature=built_in or implied_by(tool, joined.all))
+
+
+def implied_by(tool: str, rules: Sequence[Rule]) -> Signature:
+    """Return the signature of a tool that is not ours: what the matchers of its rules imply.
+
+    Raise KindConflict where one argument would have to be two things.
+    """
+    kinds: dict[str, tuple[Kind, Rule]] = {}
+    # Also what may be anything is known by its name: no other spelling of it passes for another.
+    named: dict[str, Kind] = {}
+    for rule in rules:
+        for name, matcher in (rule.matchers or {}).items():
+            if isinstance(matcher, AnyValue):
+                named[name] = Kind.JSON
+                continue
+            kind = _TOOL_KIND.get(matcher.kind, matcher.kind)
+            known, first = kinds.get(name, (kind, rule))
+            merged = merge_kinds(known, kind)
+            if merged is None:
+                raise KindConflict(tool, name, rule, kind, first, known)
+            kinds[name] = (merged, first)
+    named |= {name: kind for name, (kind, _) in kinds.items()}
+    return Signature(
+        arguments={name: Argument(kind=kind, required=False) for name, kind in named.items()},
+        closed=False,
+    )
+
+
+class KindConflict(ValueError):
+    """Two rules take one argument of a tool for two things."""
+
+    def __init__(
+        self, tool: str, name: str, rule: Rule, kind: Kind, first: Rule, known: Kind
+    ) -> None:
+        super().__init__(f"{tool}: {name!r} is a {kind} here and a {known} at {first.where}")
+        self.rule = rule
