@@ -6,8 +6,9 @@ from .arguments import decode_arguments
 from .bounds import describe_bound
 from .canonical import Canonical, canonicalize
 from .capability import NarrowedPolicy, both, narrow_profiles
-from .cases import beside
-from .check import Finding, Level, check_file, check_policy
+from .checks.cases import beside
+from .checks.check import Finding, Level, check_file, check_policy
+from .checks.testing import require_passing
 from .decision import NO_FACTS, decide
 from .delegation import Capability, Revocations, attenuate
 from .discover import Found, Origin, Resolution, discover_policy, resolve_policy
@@ -26,7 +27,6 @@ from .protected import PROTECTED, is_protected
 from .rules import Judged, Policy, Role, Rule, Server
 from .schema import policy_schema
 from .signatures import BUILT_IN, Argument, Kind, Signature
-from .testing import require_passing
 from .trust import TrustStore, state_folder
 
 __all__ = [

@@ -21,7 +21,7 @@ from .index import RuleIndex, index_rules
 from .match import AnyValue, Argv, Matcher
 from .signatures import BUILT_IN, PROGRAMS, Argument, Kind, Signature, merge_kinds
 from .syntax import Position
-from .when import When, WhenError
+from .when.condition import When, WhenError
 from .wildcards import ToolPattern, is_ours
 
 _TAKE_LISTS: Final = (AnyValue, Argv)

@@ -154,6 +154,6 @@ def _code() -> bytes:
     # It puts the hosts and paths of URL patterns in their one spelling.
     digest.update(importlib.metadata.version("ada-url").encode())
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("presets/*"), here.parent / "call.py"]):
+    for path in sorted([*here.rglob("*.py"), *here.glob("presets/*"), here.parent / "call.py"]):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.digest()

@@ -16,12 +16,12 @@ from safeconduct.call import Call, Document, Json
 from safeconduct.errors import Denied
 
 from .arguments import MAX_INTEGER, copy_json
-from .commands import parts_of
 from .hosts import canonical_email, canonical_host
 from .paths import PathResolver, Resolved, check_holds, show
 from .resources import canonical_resources
 from .rules import Judged
-from .shell_paths import resolve_text, take_text
+from .shell.commands import parts_of
+from .shell.paths import resolve_text, take_text
 from .signatures import BUILT_IN, WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
 from .urls import UrlRefused, canonical_url
 from .wildcards import is_ours

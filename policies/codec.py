@@ -35,7 +35,7 @@ from .globs import Glob
 from .rules import Policy, Role, Server
 from .signatures import Argument, Holds, Kind, Signature
 from .syntax import Position
-from .when import When, compile_when
+from .when.condition import When, compile_when
 from .wildcards import ToolPattern
 
 # LIMIT: values of one policy; 5,000 rules have about 60,000.

@@ -21,7 +21,7 @@ from .rule_checks import RuleChecks
 from .rules import Server
 from .signatures import BUILT_IN, PROGRAMS, Argument, Kind, Signature
 from .syntax import Source
-from .when import When, compile_when
+from .when.condition import When, compile_when
 from .wildcards import MAX_WILDCARDS, ToolPattern, compile_tool_pattern, is_ours, is_wildcard
 
 
@@ -86,7 +86,7 @@ class Rules:
 
     def _check_called(self, tool: str, loc: Loc) -> None:
         """Refuse a name of another program's tool that no call has: its rules would never bind."""
-        from .tool_tables import why_never_called
+        from .agents.tables import why_never_called
 
         why = why_never_called(tool)
         if why:

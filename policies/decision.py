@@ -17,12 +17,12 @@ from safeconduct.errors import Denied
 
 from .advice import smallest_grant
 from .capability import narrow_profiles
-from .commands import holds_commands, judge_commands
 from .globs import hidden_by, hides_folder
 from .protected import is_protected
 from .rules import MAX_DECIDED, Judged, Policy, Rule, ToolRules
+from .shell.commands import holds_commands, judge_commands
 from .signatures import BUILT_IN, Kind, Signature
-from .when import when_facts
+from .when.condition import when_facts
 
 _SEVERITY = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 # Bound once: each look-up of a member of an enumeration takes as long as a comparison.

@@ -19,15 +19,15 @@ from safeconduct.errors import Denied, PolicyError
 
 from .bounds import MAX_AMOUNT
 from .capability import both, narrow_profiles
-from .commands import parts_of
 from .decision import decide
 from .globs import hidden_by
 from .rules import Judged
+from .shell.commands import parts_of
 from .signatures import Kind, Signature
 from .wildcards import compile_tool_pattern
 
 if TYPE_CHECKING:
-    from .difference import Widening
+    from .lattice.difference import Widening
 
 # LIMIT: how often a Capability may be handed on.
 MAX_DEPTH: Final = 16
@@ -157,7 +157,7 @@ def attenuate(
 def beyond(held: Capability, asked: Judged) -> tuple[Widening, ...]:
     """Return what of a policy that is asked for would not count, as it is not held."""
     # Comparing policies is rare, and what it takes need not be loaded with every other use.
-    from .difference import difference
+    from .lattice.difference import difference
 
     return difference(held.policy, asked)
 

@@ -14,10 +14,10 @@ from safeconduct.call import Decision, Document, Effect, Facts, Json, Profile
 
 from .binding import Rule, ToolRules, holds_all, holds_any
 from .bounds import describe_bound
-from .commands import parts_of
 from .decision import NO_FACTS, Known, decide
 from .rules import Judged, Policy
-from .when import When, WhenError
+from .shell.commands import parts_of
+from .when.condition import When, WhenError
 
 _LACKS: Final = "the call has no "
 

@@ -9,8 +9,8 @@ from typing import TypeAlias, cast
 from safeconduct.errors import PolicyError
 
 from .globs import Glob, compile_glob
-from .inclusion import Effort, bounded
-from .lattice import subsumes
+from .lattice.inclusion import Effort, bounded
+from .lattice.matchers import subsumes
 from .match import (
     AnyValue,
     Argv,

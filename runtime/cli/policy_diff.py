@@ -11,7 +11,7 @@ import typer
 
 from safeconduct.errors import Exit
 from safeconduct.policies import Judged, compile_elsewhere, parse_policy, read_policy_file
-from safeconduct.policies.difference import Widening, difference
+from safeconduct.policies.lattice.difference import Widening, difference
 from safeconduct.policies.preset import read_preset
 
 from .options import JsonOption

@@ -10,8 +10,8 @@ import typer
 
 from safeconduct.errors import Exit
 from safeconduct.policies import discover_policy, read_policy_file
-from safeconduct.policies.cases import beside, read_cases
-from safeconduct.policies.testing import Report, run_cases
+from safeconduct.policies.checks.cases import beside, read_cases
+from safeconduct.policies.checks.testing import Report, run_cases
 
 from .findings import Check, Format, as_check, print_findings, print_junit
 from .options import JsonOption

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safeconduct.policies import check_policy, decide, parse_policy
-from safeconduct.policies.lattice_profiles import profile_within
+from safeconduct.policies.lattice.profiles import profile_within
 
 from .generate import WORKSPACE, parse, seeded
 

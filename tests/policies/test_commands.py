@@ -23,7 +23,7 @@ from safeconduct.policies import (
     parse_policy,
 )
 from safeconduct.policies.capability import both
-from safeconduct.policies.commands import judge_commands, parts_of
+from safeconduct.policies.shell.commands import judge_commands, parts_of
 
 PROFILES = """\
   base: {read: ["$WS/**"], write: ["$WS/src/**"], hide: ["**/secret*"]}

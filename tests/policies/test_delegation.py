@@ -13,7 +13,7 @@ from safeconduct.call import Bound, Decision, Document, Effect, Facts, Limits, P
 from safeconduct.errors import Denied, PolicyError
 from safeconduct.policies import Judged, NarrowedPolicy, both, decide, parse_policy
 from safeconduct.policies.delegation import MAX_DEPTH, Capability, Revocations, attenuate, beyond
-from safeconduct.policies.lattice_profiles import profile_within
+from safeconduct.policies.lattice.profiles import profile_within
 
 from .generate import WORKSPACE, Generator, parse, seeded
 

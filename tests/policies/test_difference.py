@@ -11,8 +11,8 @@ import pytest
 from safeconduct.call import Decision, Document, Effect, Facts
 from safeconduct.errors import PolicyError
 from safeconduct.policies import Judged, both, decide, parse_policy
-from safeconduct.policies.difference import Widening, difference
-from safeconduct.policies.lattice_profiles import profile_widenings
+from safeconduct.policies.lattice.difference import Widening, difference
+from safeconduct.policies.lattice.profiles import profile_widenings
 
 from .generate import WORKSPACE, Generator, parse, seeded, write
 

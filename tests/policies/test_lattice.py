@@ -13,11 +13,11 @@ from safeconduct.call import Json, Limits, Profile
 from safeconduct.errors import PolicyError
 from safeconduct.policies import hidden_by, narrow_profiles, parse_policy
 from safeconduct.policies.capability import covers
-from safeconduct.policies.examples import examples
 from safeconduct.policies.globs import Glob
-from safeconduct.policies.inclusion import Language, classes, search
-from safeconduct.policies.lattice import disjoint, intersect, subsumes
-from safeconduct.policies.lattice_profiles import profile_within
+from safeconduct.policies.lattice.examples import examples
+from safeconduct.policies.lattice.inclusion import Language, classes, search
+from safeconduct.policies.lattice.matchers import disjoint, intersect, subsumes
+from safeconduct.policies.lattice.profiles import profile_within
 from safeconduct.policies.match import Matcher
 
 from .generate import WORKSPACE, Generator, seeded, write

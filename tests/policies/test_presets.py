@@ -15,9 +15,9 @@ import pytest
 from safeconduct.call import Bound
 from safeconduct.errors import PolicyError
 from safeconduct.policies import PRESETS, PolicyFile, check_file, load_policy, read_policy_file
-from safeconduct.policies.cases import beside, read_cases
+from safeconduct.policies.checks.cases import beside, read_cases
+from safeconduct.policies.checks.testing import run_cases
 from safeconduct.policies.preset import read_preset, read_preset_tests
-from safeconduct.policies.testing import run_cases
 
 from .mutants import UNCHANGED, mutants
 

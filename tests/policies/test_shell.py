@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeconduct.errors import Denied
-from safeconduct.policies.shell import MAX_COMMANDS, MAX_TEXT_BYTES, read_shell
-from safeconduct.policies.shell_form import write_shell
+from safeconduct.policies.shell.form import write_shell
+from safeconduct.policies.shell.reader import MAX_COMMANDS, MAX_TEXT_BYTES, read_shell
 
 
 def words(text: str) -> list[tuple[str, ...]]:

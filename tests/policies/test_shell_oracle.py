@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.policies.shells import SEARCHING, SHELLS, Bench, Ran
 
 from safeconduct.errors import Denied
-from safeconduct.policies.shell import read_shell
-from safeconduct.policies.shell_form import Join, Redirect, Simple, quote, write_shell
+from safeconduct.policies.shell.form import Join, Redirect, Simple, quote, write_shell
+from safeconduct.policies.shell.reader import read_shell
 from safeconduct.runtime.tools.shell_script import script
 
 EXAMPLES = int(os.environ.get("SAFECONDUCT_SHELL_TEXTS", "60"))

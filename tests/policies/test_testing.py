@@ -13,8 +13,8 @@ import pytest
 from safeconduct.call import Effect
 from safeconduct.errors import PolicyError
 from safeconduct.policies import read_policy_file
-from safeconduct.policies.cases import MORNING_MS, Link, beside, parse_cases, read_cases
-from safeconduct.policies.testing import Report, require_passing, run_cases
+from safeconduct.policies.checks.cases import MORNING_MS, Link, beside, parse_cases, read_cases
+from safeconduct.policies.checks.testing import Report, require_passing, run_cases
 
 POLICY = """\
 version: 1

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from safeconduct.call import Effect, Json
 from safeconduct.errors import Denied, PolicyError
+from safeconduct.policies.agents.names import Host, map_tool
+from safeconduct.policies.agents.tables import TABLES, HostTool, Takes
 from safeconduct.policies.signatures import BUILT_IN, PROGRAMS, RESERVED
-from safeconduct.policies.tool_names import Host, map_tool
-from safeconduct.policies.tool_tables import TABLES, HostTool, Takes
 
 from .conftest import Judge
 

@@ -8,8 +8,8 @@ import pytest
 
 from safeconduct.call import Effect
 from safeconduct.errors import Denied
-from safeconduct.policies.tool_names import Host, map_tool
-from safeconduct.policies.tool_patch import MAX_PATCH_PATHS, patch_paths
+from safeconduct.policies.agents.names import Host, map_tool
+from safeconduct.policies.agents.patch import MAX_PATCH_PATHS, patch_paths
 
 from .conftest import Judge
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from safeconduct.call import Facts, Json
-from safeconduct.policies.when import WhenError, WhenSyntaxError, compile_when, when_facts
+from safeconduct.policies.when.condition import WhenError, WhenSyntaxError, compile_when, when_facts
 
 _MONDAY_8_UTC_MS = 1_767_600_000_000  # 2026-01-05T08:00:00Z
 FACTS = Facts(role="coder", caller="ann", origin="mcp", calls=3, denied=1, now_ms=_MONDAY_8_UTC_MS)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeconduct.call import Json
-from safeconduct.policies.when import WhenError, WhenSyntaxError, compile_when
+from safeconduct.policies.when.condition import WhenError, WhenSyntaxError, compile_when
 
 Run = Callable[[Mapping[str, Json]], Json]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from safeconduct.policies.difference import difference
+from safeconduct.policies.lattice.difference import difference
 
 from . import random_policies as made
 from .reference import Plain

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from safeconduct.call import Json
-
-from .rules import Rule
-from .syntax import Position
+from safeconduct.policies.rules import Rule
+from safeconduct.policies.syntax import Position
 
 
 class Level(StrEnum):

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from typing import Final
 
 from safeconduct.call import Profile
+from safeconduct.policies.binding import Rule, ToolRules
+from safeconduct.policies.capability import covers
+from safeconduct.policies.globs import Glob, compile_glob
+from safeconduct.policies.match import Argv, Matcher, PathMatcher, spell
+from safeconduct.policies.match_text import Excluding
+from safeconduct.policies.rules import Policy
 from safeconduct.syscalls import ADDABLE
 
-from .binding import Rule, ToolRules
-from .capability import covers
 from .findings import Finding, Level, at, finding
-from .globs import Glob, compile_glob
-from .match import Argv, Matcher, PathMatcher, spell
-from .match_text import Excluding
 from .programs import RUNS_OTHERS
-from .rules import Policy
 
 _OUTSIDE: Final = "check.outside"
 _OUTSIDE_FIX: Final = "narrow it to $WS, or keep it if this is meant"

@@ -11,11 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from safeconduct.errors import PolicyError
+from safeconduct.policies.lattice.inclusion import Effort, bounded
+from safeconduct.policies.load import load_policy
+from safeconduct.policies.rules import Judged, Policy
 
-from .check_dead import denied_together, hidden, protected
-from .check_lattice import reach_of_all, shadowed
-from .check_reach import added_calls, folders_outside, reach_of_rules, runners, shown
-from .check_rules import (
+from .dead import denied_together, hidden, protected
+from .findings import Finding, Level
+from .overlaps import reach_of_all, shadowed
+from .reach import added_calls, folders_outside, reach_of_rules, runners, shown
+from .rules import (
     broad,
     empty,
     narrowed_away,
@@ -24,10 +28,6 @@ from .check_rules import (
     swallowed,
     unreachable,
 )
-from .findings import Finding, Level
-from .inclusion import Effort, bounded
-from .load import load_policy
-from .rules import Judged, Policy
 
 # LIMIT: steps of all comparisons of rules: under 1 s. A policy that came with a project may be made
 # to cost; what is not compared is not found.

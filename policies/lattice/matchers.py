@@ -13,19 +13,7 @@ from functools import lru_cache
 from typing import Final, TypeAlias
 
 from safeconduct.call import Json
-
-from .inclusion import Language, afford, search
-from .lattice_argv import argv_disjoint, argv_subsumes
-from .lattice_hosts import (
-    emails_disjoint,
-    emails_subsume,
-    hosts_disjoint,
-    hosts_subsume,
-    url_disjoint,
-    url_subsumes,
-)
-from .lattice_json import shape_subsumes, spelled
-from .match import (
+from safeconduct.policies.match import (
     AnyValue,
     Argv,
     Literals,
@@ -35,9 +23,21 @@ from .match import (
     TextLength,
     UrlMatcher,
 )
-from .match_json import Shape
-from .match_text import Email, Excluding, Host, Regex
-from .signatures import Kind
+from safeconduct.policies.match_json import Shape
+from safeconduct.policies.match_text import Email, Excluding, Host, Regex
+from safeconduct.policies.signatures import Kind
+
+from .argv import argv_disjoint, argv_subsumes
+from .hosts import (
+    emails_disjoint,
+    emails_subsume,
+    hosts_disjoint,
+    hosts_subsume,
+    url_disjoint,
+    url_subsumes,
+)
+from .inclusion import Language, afford, search
+from .shapes import shape_subsumes, spelled
 
 _Comparison: TypeAlias = Callable[[Matcher, Matcher], bool]
 # LIMIT: texts of one list that are held against a matcher one by one.

@@ -12,16 +12,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from safeconduct.call import Json
+from safeconduct.policies.hosts import EmailPattern
+from safeconduct.policies.match import (
+    Argv,
+    Matcher,
+    NumberRange,
+    PathMatcher,
+    SpelledNumber,
+    SpelledPath,
+    UrlMatcher,
+)
+from safeconduct.policies.match_json import Shape
+from safeconduct.policies.match_text import Email, Excluding, Host, Regex
+from safeconduct.policies.shapes import Form, Type
+from safeconduct.policies.urls import UrlPattern
 
-from .hosts import EmailPattern
-from .lattice import AllOf, finite
-from .lattice_argv import Element, is_any, listed, owner
-from .lattice_hosts import example_hosts
-from .match import Argv, Matcher, NumberRange, PathMatcher, SpelledNumber, SpelledPath, UrlMatcher
-from .match_json import Shape
-from .match_text import Email, Excluding, Host, Regex
-from .shapes import Form, Type
-from .urls import UrlPattern
+from .argv import Element, is_any, listed, owner
+from .hosts import example_hosts
+from .matchers import AllOf, finite
 
 # LIMIT: values for one argument, and for one element of an argv.
 MAX_VALUES: Final = 48

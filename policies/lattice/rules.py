@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from safeconduct.call import Bound, Json
+from safeconduct.policies.binding import Rule, takes_lists
+from safeconduct.policies.match import AnyValue, Argv, Literals, Matcher, PathMatcher, UrlMatcher
+from safeconduct.policies.match_text import Email, Excluding, Host
+from safeconduct.policies.signatures import WORKSPACE_DEFAULT, Kind, Signature
 
-from .binding import Rule, takes_lists
-from .lattice import Only, disjoint, finite, intersect, subsumes
-from .lattice_argv import listed
-from .match import AnyValue, Argv, Literals, Matcher, PathMatcher, UrlMatcher
-from .match_text import Email, Excluding, Host
-from .signatures import WORKSPACE_DEFAULT, Kind, Signature
+from .argv import listed
+from .matchers import Only, disjoint, finite, intersect, subsumes
 
 # LIMIT: into how many smaller grants one is taken apart to be covered by several.
 MAX_PIECES = 128

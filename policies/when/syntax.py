@@ -21,8 +21,8 @@ from typing import Final, NoReturn
 
 from safeconduct.call import Json
 
-from .when_nodes import Compare, Default, Fact, Joined, Length, Literal, Member, Node, Not, Type
-from .when_tokens import Token, WhenSyntaxError, read_tokens, unquote
+from .nodes import Compare, Default, Fact, Joined, Length, Literal, Member, Node, Not, Type
+from .tokens import Token, WhenSyntaxError, read_tokens, unquote
 
 MAX_DEPTH: Final = 16
 MAX_PATH: Final = 8

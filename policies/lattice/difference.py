@@ -14,17 +14,17 @@ from typing import Final
 
 from safeconduct.call import Document, Effect, Facts, Json
 from safeconduct.errors import PolicyError
+from safeconduct.policies.binding import Rule
+from safeconduct.policies.rules import Judged, Policy
+from safeconduct.policies.signatures import BUILT_IN, RESERVED, Kind
+from safeconduct.policies.wildcards import is_ours
 
-from .binding import Rule
 from .difference_examples import Case, Sides, find_example
 from .difference_rules import Doubt, doubts
 from .difference_settings import SETTINGS, settings
 from .inclusion import Effort, Language, bounded, classes
-from .lattice_profiles import profile_widenings
-from .lattice_rules import Scope
-from .rules import Judged, Policy
-from .signatures import BUILT_IN, RESERVED, Kind
-from .wildcards import is_ours
+from .profiles import profile_widenings
+from .rules import Scope
 
 # LIMIT: widenings that are told; a policy that has more is another policy.
 MAX_WIDENINGS: Final = 200

@@ -12,13 +12,13 @@ from itertools import chain
 from typing import Final
 
 from safeconduct.call import Effect, Profile
+from safeconduct.policies.binding import Rule, ToolRules
+from safeconduct.policies.match import Argv
+from safeconduct.policies.rules import Policy
+from safeconduct.policies.signatures import Signature
 
-from .binding import Rule, ToolRules
-from .lattice_profiles import profile_within
-from .lattice_rules import Scope, as_restriction, bound_within
-from .match import Argv
-from .rules import Policy
-from .signatures import Signature
+from .profiles import profile_within
+from .rules import Scope, as_restriction, bound_within
 
 # LIMIT: new rules that are tried as what counts the Calls of one old Bound.
 MAX_COUNTING: Final = 16

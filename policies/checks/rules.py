@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from safeconduct.call import Effect, Engine, Profile, WorkspaceMode
+from safeconduct.policies.binding import Rule, ToolRules
+from safeconduct.policies.lattice.rules import Scope
+from safeconduct.policies.rules import Policy
+from safeconduct.policies.syntax import Position
 
-from .binding import Rule, ToolRules
 from .findings import Finding, Level, at, finding
-from .lattice_rules import Scope
-from .rules import Policy
-from .syntax import Position
 
 # Tools of ours that refuse a profile whose writes go to an overlay.
 _WITHOUT_OVERLAY: Final = frozenset(["fs.write", "python.run"])

@@ -19,7 +19,7 @@ from typing import Final
 
 from safeconduct.errors import Denied
 
-from .shell_form import Join, Redirect, ShellText, Simple
+from .form import Join, Redirect, ShellText, Simple
 
 # LIMIT: what is read is written anew with quotes, and must fit one argument (MAX_ARG_STRLEN).
 MAX_TEXT_BYTES: Final = 16 << 10

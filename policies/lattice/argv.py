@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
-from .match import AnyValue, Argv, SpelledNumber, SpelledPath, TextLength
-from .match_text import Regex
+from safeconduct.policies.match import AnyValue, Argv, SpelledNumber, SpelledPath, TextLength
+from safeconduct.policies.match_text import Regex
 
 Element: TypeAlias = str | Callable[[str], bool]
 
@@ -47,7 +47,7 @@ def element_subsumes(wide: Element, narrow: Element) -> bool:
     words = listed(narrow)
     if words is not None:
         return all(_matches(wide, word) for word in words)
-    from .lattice import subsumes
+    from .matchers import subsumes
 
     match owner(wide), owner(narrow):
         case SpelledNumber() as one, SpelledNumber() as other:

@@ -21,10 +21,18 @@ from typing import Final
 
 from safeconduct.call import Effect, Facts, Json
 from safeconduct.errors import PolicyError
-
-from .language import did_you_mean
-from .signatures import BUILT_IN, Kind
-from .syntax import MAX_BYTES, Items, Node, Position, Scalar, Source, Table, parse_syntax
+from safeconduct.policies.language import did_you_mean
+from safeconduct.policies.signatures import BUILT_IN, Kind
+from safeconduct.policies.syntax import (
+    MAX_BYTES,
+    Items,
+    Node,
+    Position,
+    Scalar,
+    Source,
+    Table,
+    parse_syntax,
+)
 
 SUFFIX: Final = ".test.yaml"
 # LIMIT: cases of one file, and names in its workspace.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .binding import Rule, ToolRules
+from safeconduct.policies.binding import Rule, ToolRules
+from safeconduct.policies.lattice.inclusion import Language, search
+from safeconduct.policies.lattice.matchers import path_parts
+from safeconduct.policies.lattice.rules import Scope
+from safeconduct.policies.match import PathMatcher
+from safeconduct.policies.match_text import Excluding
+from safeconduct.policies.protected import is_protected
+from safeconduct.policies.rules import Policy
+from safeconduct.policies.signatures import Kind
+
 from .findings import Finding, Level, at
-from .inclusion import Language, search
-from .lattice import path_parts
-from .lattice_rules import Scope
-from .match import PathMatcher
-from .match_text import Excluding
-from .protected import is_protected
-from .rules import Policy
-from .signatures import Kind
 
 _PATHS = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
 _CODE = "check.unreachable"

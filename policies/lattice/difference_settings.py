@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from safeconduct.call import Effect, Profile, Tier
+from safeconduct.policies.rules import Judged, Policy, Server
 
-from .lattice_profiles import profile_widenings
-from .rules import Judged, Policy, Server
+from .profiles import profile_widenings
 
 # What is found here is known without an example.
 SETTINGS: Final = frozenset({"diff.require", "diff.server", "diff.server_profile", "diff.default"})

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from safeconduct.call import Effect
+from safeconduct.policies.binding import Rule, ToolRules, implied_by
+from safeconduct.policies.lattice.profiles import profile_within
+from safeconduct.policies.lattice.rules import Scope
+from safeconduct.policies.match import AnyValue, Matcher, UrlMatcher
+from safeconduct.policies.match_text import Email, Host, Regex
+from safeconduct.policies.rules import Policy
 
-from .binding import Rule, ToolRules, implied_by
 from .findings import Finding, Level, at
-from .lattice_profiles import profile_within
-from .lattice_rules import Scope
-from .match import AnyValue, Matcher, UrlMatcher
-from .match_text import Email, Host, Regex
-from .rules import Policy
 
 # LIMIT: pairs of rules of one tool that are compared; above it, none are.
 MAX_PAIRS: Final = 20_000

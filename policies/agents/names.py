@@ -15,12 +15,12 @@ from typing import Final, TypeAlias, cast
 
 from safeconduct.call import Json
 from safeconduct.errors import Denied
+from safeconduct.policies.paths import show
+from safeconduct.policies.signatures import PROGRAMS, RESERVED
 
-from .paths import show
-from .signatures import PROGRAMS, RESERVED
-from .tool_arguments import CHECKS, SHELLS, absolute, bad
-from .tool_patch import patch_paths
-from .tool_tables import TABLES, HostTool, Takes
+from .arguments import CHECKS, SHELLS, absolute, bad
+from .patch import patch_paths
+from .tables import TABLES, HostTool, Takes
 
 # LIMIT: how long a name may be (canonical.MAX_TOOL_CHARACTERS).
 _MAX_NAME: Final = 128

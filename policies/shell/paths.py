@@ -12,10 +12,10 @@ from typing import Final
 
 from safeconduct.call import Json
 from safeconduct.errors import Denied
+from safeconduct.policies.paths import PathResolver, Resolved, check_holds
 
-from .paths import PathResolver, Resolved, check_holds
-from .shell import read_shell
-from .shell_form import Redirect, ShellText, Simple, write_shell
+from .form import Redirect, ShellText, Simple, write_shell
+from .reader import read_shell
 
 # Nothing is read from it and nothing kept in it, so that no rule needs to grant it.
 NULL_DEVICE: Final = "/dev/null"

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 
 from safeconduct.call import Facts, Json
 
-from .when_nodes import Node, Run, WhenError, truth
-from .when_syntax import WEEKDAYS, parse_when
-from .when_tokens import WhenSyntaxError
+from .nodes import Node, Run, WhenError, truth
+from .syntax import WEEKDAYS, parse_when
+from .tokens import WhenSyntaxError
 
 __all__ = ["When", "WhenError", "WhenSyntaxError", "compile_when", "when_facts"]
 

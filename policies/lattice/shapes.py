@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from safeconduct.call import Json
-
-from .match_json import Shape
-from .shapes import Form, Type
+from safeconduct.policies.match_json import Shape
+from safeconduct.policies.shapes import Form, Type
 
 _ANY = Form(type=Type.ANY)
 

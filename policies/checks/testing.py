@@ -16,18 +16,18 @@ from typing import Final
 
 from safeconduct.call import Call, Document, Effect, Json
 from safeconduct.errors import Denied, PolicyError
+from safeconduct.policies.binding import Rule
+from safeconduct.policies.canonical import canonicalize
+from safeconduct.policies.decision import decide
+from safeconduct.policies.files import PolicyFile
+from safeconduct.policies.load import compile_policy
+from safeconduct.policies.match import Argv
+from safeconduct.policies.rules import Judged
+from safeconduct.policies.signatures import BUILT_IN, Holds, Kind
+from safeconduct.policies.wildcards import compile_tool_pattern
 
-from .binding import Rule
-from .canonical import canonicalize
 from .cases import Case, Cases, Link, beside, read_cases
-from .decision import decide
-from .files import PolicyFile
 from .findings import Finding, Level, at
-from .load import compile_policy
-from .match import Argv
-from .rules import Judged
-from .signatures import BUILT_IN, Holds, Kind
-from .wildcards import compile_tool_pattern
 
 _PREFIX: Final = "safeconduct-test-"
 # LIMIT: folders above a file in the workspace of the tests; making and removing them is recursive.

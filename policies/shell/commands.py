@@ -21,13 +21,13 @@ from safeconduct.call import (
     Profile,
     Unit,
 )
+from safeconduct.policies.capability import covers
+from safeconduct.policies.globs import hidden_by
+from safeconduct.policies.rules import Judged, Rule
+from safeconduct.policies.signatures import BUILT_IN
 
-from .capability import covers
-from .globs import hidden_by
-from .rules import Judged, Rule
-from .shell_form import Join, Redirect, Simple, write_shell
-from .shell_paths import NULL_DEVICE
-from .signatures import BUILT_IN
+from .form import Join, Redirect, Simple, write_shell
+from .paths import NULL_DEVICE
 
 _SEVERITY: Final = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 _ADVICE: Final = {

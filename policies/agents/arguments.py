@@ -10,7 +10,7 @@ from typing import Final
 from safeconduct.call import Json
 from safeconduct.errors import Denied
 
-from .tool_tables import Takes
+from .tables import Takes
 
 # LIMIT: characters of a pattern for the names of files.
 _MAX_GLOB: Final = 4096

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from .globs import Glob
-from .hosts import EmailPattern, HostPattern
+from safeconduct.policies.globs import Glob
+from safeconduct.policies.hosts import EmailPattern, HostPattern
+from safeconduct.policies.urls import UrlPattern, covers_host
+
 from .inclusion import Language, search
-from .urls import UrlPattern, covers_host
 
 Labels: TypeAlias = tuple[str, ...]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from safeconduct.call import Document, Json
+from safeconduct.policies.binding import Rule
+from safeconduct.policies.match import Argv
+from safeconduct.policies.shell.form import Join, Simple, write_shell
 
-from .binding import Rule
 from .examples import examples
-from .match import Argv
-from .shell_form import Join, Simple, write_shell
 
 # LIMIT: programs that are tried with one another.
 MAX_PROGRAMS: Final = 36

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from safeconduct.call import LIMIT_FIELDS, Limits, Profile, WorkspaceMode
+from safeconduct.policies.capability import covers
+from safeconduct.policies.match import spell
 
-from .capability import covers
 from .inclusion import Language, search
-from .match import spell
 
 _COMPARED = frozenset(
     ["name", "engine", "workspace", "read", "write", "hide", "imports", "syscalls", "limits"]

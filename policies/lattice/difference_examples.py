@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from safeconduct.call import Decision, Document, Effect, Facts, Json
+from safeconduct.policies.binding import Rule, takes_lists
+from safeconduct.policies.decision import decide
+from safeconduct.policies.match import AnyValue, Matcher
+from safeconduct.policies.rules import Judged
+from safeconduct.policies.signatures import Kind, Signature
 
-from .binding import Rule, takes_lists
-from .decision import decide
 from .difference_rules import Doubt
 from .difference_shell import joined_calls
 from .examples import examples
 from .inclusion import Language, search
-from .lattice import path_parts
-from .lattice_profiles import profile_widenings
-from .lattice_rules import Scope, bound_within, restricting
-from .match import AnyValue, Matcher
-from .rules import Judged
-from .signatures import Kind, Signature
+from .matchers import path_parts
+from .profiles import profile_widenings
+from .rules import Scope, bound_within, restricting
 
 # LIMIT: Calls that are judged to find one example.
 MAX_TRIED: Final = 900

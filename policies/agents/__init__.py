@@ -1,0 +1,1 @@
+"""What hosts call their tools, and which of ours each one is."""

@@ -1,0 +1,1 @@
+"""What allows more than what: matchers, rules, profiles and whole policies compared."""

@@ -1,0 +1,1 @@
+"""Shell text: read whole, resolved and judged command by command."""
