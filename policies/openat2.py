@@ -31,6 +31,9 @@ class _OpenHow(ctypes.Structure):
     )
 
 
+_SIZE: Final = ctypes.sizeof(_OpenHow)
+
+
 @functools.cache
 def _syscall() -> Callable[..., int]:
     function = ctypes.CDLL(None, use_errno=True).syscall
@@ -45,18 +48,18 @@ def _syscall() -> Callable[..., int]:
 
 @functools.cache
 def _how(flags: int, resolve: int) -> tuple[_OpenHow, int]:
-    """Return one way to open, and its address; the kernel only reads it."""
+    """Return one way to open, and its address; the kernel only reads it, and it stays for good."""
     how = _OpenHow(_FLAGS | flags, 0, resolve)
     return how, ctypes.addressof(how)
 
 
 def _open(folder_fd: int, path: str, flags: int, resolve: int) -> int:
-    how, address = _how(flags, resolve)
+    address = _how(flags, resolve)[1]
     syscall, name, code = _syscall(), path.encode(), 0
     for _ in range(_MAX_RACES):
-        # SAFETY: `how` outlives the call and its true size is passed; the path is a
-        # NUL-terminated copy without inner NULs (split_path refuses them).
-        fd = syscall(_SYS_OPENAT2, folder_fd, name, address, ctypes.sizeof(how))
+        # SAFETY: what lies at the address is kept for good and its true size is passed; the path
+        # is a NUL-terminated copy without inner NULs (split_path refuses them).
+        fd = syscall(_SYS_OPENAT2, folder_fd, name, address, _SIZE)
         if fd >= 0:
             return fd
         code = ctypes.get_errno()

@@ -5,6 +5,7 @@ Attacks also get sandboxes with exactly one barrier taken away, and something to
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -86,6 +87,12 @@ def cgroups() -> Iterator[cgroup.Cgroups | None]:
         found.close()
 
 
+def pytest_collection_finish() -> None:
+    """Keep what thousands of tests are made of out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def machine(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> Machine:
     return survey(launcher, cgroups)
@@ -97,7 +104,11 @@ def sandbox(
     launcher: Launcher,
     cgroups: cgroup.Cgroups | None,
     machine: Machine,
+    workspace: Path,
 ) -> Iterator[NativeSandbox]:
+    # The workspace is asked for so that it is removed after this: a sandbox that is being made
+    # for a next call may still put folders into it.
+    assert workspace.is_dir()
     tier = Tier(request.param)
     if machine.tiers[tier]:
         pytest.skip(f"needs tier {tier}: {machine.tiers[tier]}")
