@@ -63,13 +63,14 @@ class Desk:
         return path
 
     def run(self, *arguments: str | Path, stdin: str = "") -> Done:
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         done = subprocess.run(
             [sys.executable, "-m", "safeconduct", *arguments],
             input=stdin.encode(),
             capture_output=True,
             cwd=self.root,
             env={
-                "PATH": os.environ["PATH"],
+                **kept,
                 "HOME": str(self.root.parent),
                 "XDG_STATE_HOME": str(self.root.parent / "state"),
                 "LANG": "C.UTF-8",
