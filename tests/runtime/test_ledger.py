@@ -143,7 +143,7 @@ def test_a_clock_set_back_gives_nothing(ledger: Ledger, clock: Clock) -> None:
             pytest.fail("it ran")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(
     steps=st.lists(st.integers(0, HOUR_MS // 3), min_size=1, max_size=40), most=st.integers(1, 5)
 )
