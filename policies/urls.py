@@ -24,7 +24,7 @@ _LOCAL_DOMAINS: Final = frozenset({"localhost", "local", "internal", "arpa", "la
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff]")
 _WEB = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
 # Bytes that a server may decode into structure (/ \ . ; NUL and controls), and the overlong UTF-8
-# (RFC 3629 section 10) and `%uXXXX` that some take for the same.
+# (RFC 3629 section 10) and `%u` with four digits that some take for the same.
 _TRICK = re.compile(
     r"%(?:2e|2f|5c|3b|7f|[01][0-9a-f]|c[01]|e0%[89]|f0%8|u[0-9a-f])|/\.{1,2};", re.IGNORECASE
 )
