@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from errno import ENODEV
 from functools import cache
 from types import MappingProxyType
 from typing import TypeAlias
@@ -165,6 +166,10 @@ class Accounts:
             except FileNotFoundError:
                 missing.add(account.file)
                 continue
+            except OSError as error:
+                if error.errno != ENODEV:
+                    raise
+                continue  # the cgroup is being removed at this moment: there is no account of it
             self._open.append((fd, account.parse))
 
     def read(self) -> Charge:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,43 @@ def test_an_account_that_cannot_be_read_is_not_kept(tmp_path: Path, text: str) -
     assert accounts.read().refused_forks is None
     assert accounts.read().peak_memory_bytes is None
     accounts.close()
+
+
+def test_a_cgroup_that_is_being_removed_has_no_accounts(cgroups: Cgroups | None) -> None:
+    if cgroups is None:
+        pytest.skip("no cgroups here")
+    folder = cgroups.bases["memory"] / f"safeconduct-{os.getpid()}-race-1"
+    done = threading.Event()
+
+    def make_and_remove() -> None:
+        while not done.is_set():
+            with suppress(FileExistsError):
+                folder.mkdir()
+            folder.rmdir()
+
+    def look() -> int:
+        gone = 0
+        for _ in range(20_000):
+            accounts = Accounts()
+            try:
+                handle = os.open(folder, os.O_PATH)
+            except FileNotFoundError:
+                continue
+            try:  # ENOENT and ENODEV, the kernel says both at such a moment
+                accounts.open(cgroups.version, {"memory": handle}, set())
+                gone += accounts.read().peak_memory_bytes is None
+            finally:
+                accounts.close()
+                os.close(handle)
+        return gone
+
+    with ThreadPoolExecutor(1) as threads:
+        remover = threads.submit(make_and_remove)
+        try:
+            assert look() > 0
+        finally:
+            done.set()
+            remover.result()
 
 
 def test_what_was_abandoned_is_removed_and_nothing_else(tmp_path: Path) -> None:
