@@ -1,5 +1,5 @@
 # One entry point; CI runs the same targets. Every target does its own set-up.
-.PHONY: setup run test test-vm check bench peers lock clean
+.PHONY: setup run test test-vm check bench peers verifier lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -44,9 +44,12 @@ bench: setup ## every benchmark, quickly; see benchmarks/ for the long runs
 peers: ## build OPA for bench_decision into build/peers: needs Go, takes minutes the first time
 	cd benchmarks/opa && go build -o ../../build/peers/opa github.com/open-policy-agent/opa
 
+verifier: setup ## build the verifier alone, a pure-Python wheel, into dist/
+	$(BIN)/python scripts/build_verifier.py dist
+
 lock: ## write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --extra dev --generate-hashes --strip-extras --allow-unsafe \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) native/target runtime/bin build demo-trace src/*.egg-info
+	rm -rf $(VENV) native/target runtime/bin build dist demo-trace src/*.egg-info

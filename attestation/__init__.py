@@ -12,34 +12,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .entry import Entry, clear_name
-    from .key import generate_key, load_key, write_key
     from .note import SigningKey, VerifierKey
-    from .openings import Opening
-    from .reader import Missing, read_entries, read_opened
-    from .report import Finding, Report
-    from .signer import SignerClient
-    from .verify import verify_trace
-    from .writer import Clock, TraceWriter
+    from .privacy.opened import Missing, Opening, read_opened
+    from .reader import read_entries
+    from .signing.key import generate_key, load_key, write_key
+    from .signing.signer import SignerClient
+    from .verify.report import Finding, Report
+    from .verify.trust import TrustPolicy
+    from .verify.verification import verify_trace
+    from .writing.appending import Clock
+    from .writing.writer import TraceWriter
 
 _HOMES = {
     "Checkpoint": ".checkpoint",
-    "Clock": ".writer",
+    "Clock": ".writing.appending",
     "Entry": ".entry",
-    "Finding": ".report",
-    "Missing": ".reader",
-    "Opening": ".openings",
-    "Report": ".report",
-    "SignerClient": ".signer",
+    "Finding": ".verify.report",
+    "Missing": ".privacy.opened",
+    "Opening": ".privacy.opened",
+    "Report": ".verify.report",
+    "SignerClient": ".signing.signer",
     "SigningKey": ".note",
-    "TraceWriter": ".writer",
+    "TraceWriter": ".writing.writer",
+    "TrustPolicy": ".verify.trust",
     "VerifierKey": ".note",
     "clear_name": ".entry",
-    "generate_key": ".key",
-    "load_key": ".key",
+    "generate_key": ".signing.key",
+    "load_key": ".signing.key",
     "read_entries": ".reader",
-    "read_opened": ".reader",
-    "verify_trace": ".verify",
-    "write_key": ".key",
+    "read_opened": ".privacy.opened",
+    "verify_trace": ".verify.verification",
+    "write_key": ".signing.key",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "SignerClient",
     "SigningKey",
     "TraceWriter",
+    "TrustPolicy",
     "VerifierKey",
     "clear_name",
     "generate_key",

@@ -17,6 +17,10 @@ from .entry import Entry
 MAX_OPEN = 65_536
 
 _FIRST_KINDS = (EntryKind.LOG_OPEN, EntryKind.SESSION_OPEN)
+# Looking up a member of an Enum runs Python code; these are looked up for every entry.
+_INTENT, _DECISION = EntryKind.CALL_INTENT, EntryKind.CALL_DECISION
+_APPROVAL, _OUTCOME = EntryKind.APPROVAL, EntryKind.CALL_OUTCOME
+_CLOSE = EntryKind.SESSION_CLOSE
 
 
 @dataclass(slots=True)
@@ -39,6 +43,14 @@ class Chains:
         self.calls = 0
         self._open_calls = 0
 
+    @classmethod
+    def resume(cls, open_sessions: dict[str, OpenSession]) -> Chains:
+        """Go on with what was open at some place of a log; the counts begin anew."""
+        chains = cls()
+        chains.open = open_sessions
+        chains._open_calls = sum(len(one.calls) for one in open_sessions.values())
+        return chains
+
     @property
     def open_calls(self) -> int:
         """Return how many intents have no outcome yet."""
@@ -59,48 +71,66 @@ class Chains:
             raise _broken("chain.sequence", index, where)
         elif entry.prev != session.prev:
             raise _broken("chain.previous", index, "does not name its session's previous entry")
-        if entry.kind is EntryKind.SESSION_CLOSE:
-            self._close(entry.session, session)
-        else:
-            self._follow_call(index, entry, session)
+        self._advance(index, entry.kind, entry.session, session, entry.body.get("call", ""))
         session.sseq, session.prev = entry.sseq, leaf
+
+    def extend(self, index: int, kind: EntryKind, name: str, call: str) -> OpenSession:
+        """Make place for the Entry that its writer is about to make, whose number is then ``sseq``.
+
+        The writer sets ``prev`` when it knows the Entry's hash. Raises as ``follow`` does.
+        """
+        session = self.open.get(name)
+        if session is None:
+            if kind not in _FIRST_KINDS:
+                raise _broken("chain.start", index, "does not begin its session")
+            session = self._begin(index, kind, name)
+            session.sseq = -1
+        elif kind in _FIRST_KINDS:
+            raise _broken("chain.start", index, "opens a session that is open")
+        self._advance(index, kind, name, session, call)
+        session.sseq += 1
+        return session
+
+    def _advance(
+        self, index: int, kind: EntryKind, name: str, session: OpenSession, call: str
+    ) -> None:
+        if kind is _INTENT:
+            if call in session.calls:
+                raise _broken("call.twice", index, "intends a call that is open")
+            if self._open_calls >= MAX_OPEN:
+                raise _broken("chain.limit", index, "intends one call too many")
+            session.calls[call] = index
+            self.calls += 1
+            self._open_calls += 1
+        elif kind is _DECISION or kind is _APPROVAL:
+            if call not in session.calls:
+                raise _broken("call.unknown", index, "speaks of a call that is not open")
+        elif kind is _OUTCOME:
+            if session.calls.pop(call, None) is None:
+                raise _broken("call.unknown", index, "ends a call that is not open")
+            self._open_calls -= 1
+        elif kind is _CLOSE:
+            self._close(name, session)
 
     def _close(self, name: str, session: OpenSession) -> None:
         if session.calls:
             call, intent = next(iter(session.calls.items()))
-            raise _broken("call.open", intent, f"intends call {call!r} that has no outcome")
+            raise _broken("chain.close", intent, f"intends call {call!r} that has no outcome")
         del self.open[name]
 
     def _start(self, index: int, entry: Entry) -> OpenSession:
         if entry.kind not in _FIRST_KINDS or entry.sseq != 0 or entry.prev is not None:
             raise _broken("chain.start", index, "does not begin its session")
+        return self._begin(index, entry.kind, entry.session)
+
+    def _begin(self, index: int, kind: EntryKind, name: str) -> OpenSession:
         if len(self.open) >= MAX_OPEN:
             raise _broken("chain.limit", index, "opens one session too many")
-        self.sessions += entry.kind is EntryKind.SESSION_OPEN
-        is_log = entry.kind is EntryKind.LOG_OPEN
+        self.sessions += kind is EntryKind.SESSION_OPEN
+        is_log = kind is EntryKind.LOG_OPEN
         session = OpenSession(sseq=0, prev=None, opened_at=index, is_log=is_log)
-        self.open[entry.session] = session
+        self.open[name] = session
         return session
-
-    def _follow_call(self, index: int, entry: Entry, session: OpenSession) -> None:
-        if entry.kind is EntryKind.CALL_INTENT:
-            self._intend(index, entry.body["call"], session)
-        elif entry.kind in (EntryKind.CALL_DECISION, EntryKind.APPROVAL):
-            if entry.body["call"] not in session.calls:
-                raise _broken("call.unknown", index, "speaks of a call that is not open")
-        elif entry.kind is EntryKind.CALL_OUTCOME:
-            if session.calls.pop(entry.body["call"], None) is None:
-                raise _broken("call.unknown", index, "ends a call that is not open")
-            self._open_calls -= 1
-
-    def _intend(self, index: int, call: str, session: OpenSession) -> None:
-        if call in session.calls:
-            raise _broken("call.twice", index, "intends a call that is open")
-        if self._open_calls >= MAX_OPEN:
-            raise _broken("chain.limit", index, "intends one call too many")
-        session.calls[call] = index
-        self.calls += 1
-        self._open_calls += 1
 
 
 def _broken(code: str, index: int, what: str) -> TraceInvalid:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final, TypeAlias, cast
 
@@ -66,12 +67,18 @@ def is_name(value: object) -> bool:
     return value.isascii() and value.isprintable()
 
 
+@lru_cache(maxsize=1024)
+def _is_clear(text: str) -> bool:
+    return is_name(text)
+
+
 def clear_name(text: str) -> str:
     """Return text fit to stand in clear: itself, or a short stand-in when it is not a name.
 
     A hostile tool name must not keep its denial out of the log.
     """
-    if is_name(text):
+    # Few names stand in many entries; long ones, which are none, are not kept.
+    if len(text) <= MAX_NAME_CHARACTERS and _is_clear(text):
         return text
     return f"unprintable~{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
@@ -157,6 +164,9 @@ SHAPES: Final[Mapping[EntryKind, Mapping[str, _Check]]] = {
     },
     EntryKind.APPROVAL: {"call": is_name, "answer": is_name, "by": is_name},
     EntryKind.CALL_OUTCOME: {"call": is_name, "status": _STATUS},
+    EntryKind.KEY_ROTATE: {"old": _is_text, "new": _is_text, "signature": _is_text},
+    EntryKind.REDACTION: {"session": is_name, "what": is_name, "by": is_name},
+    EntryKind.HEARTBEAT: {"sessions": _is_count, "calls": _is_count},
 }
 
 

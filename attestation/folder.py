@@ -7,9 +7,11 @@ go to a temporary name, are synced and renamed, so that a reader sees a whole fi
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import ELOOP, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
@@ -19,9 +21,12 @@ from safeconduct.errors import TraceInvalid
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHANGE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_APPEND = _CHANGE | os.O_CREAT | os.O_APPEND
 _CHUNK = 1 << 20
+# With more files at once, one syncfs(2) is sooner done than an fdatasync(2) for each.
+_MANY_FILES = 24
 # A read returns at most this many names; a folder of ours holds far fewer at any one level.
 MAX_NAMES = 100_000
 
@@ -39,8 +44,9 @@ class Folder:
             ) from error
 
     def close(self) -> None:
-        """Release the descriptor."""
-        os.close(self._root)
+        """Release the descriptor; what comes later fails, whoever has its number then."""
+        root, self._root = self._root, -1
+        os.close(root)
 
     def __enter__(self) -> Folder:
         return self
@@ -111,6 +117,19 @@ class Folder:
                 return []
             raise
 
+    @contextmanager
+    def scan(self, path: str) -> Generator[Iterator[os.DirEntry[str]]]:
+        """Look through a folder of any length, in no order. A missing one is a TraceInvalid."""
+        with self._descend(path.split("/")) as fd, os.scandir(fd) as entries:
+            yield entries
+
+    def statuses(self, path: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield (name, status) of what is in a folder, without following links."""
+        with self._descend(path.split("/")) as fd, os.scandir(fd) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    yield entry.name, entry.stat(follow_symlinks=False)
+
     def make(self, path: str, *, mode: int = 0o755) -> None:
         """Create a folder, and the ones above it, durably."""
         self.make_below(self._root, path.split("/"), mode)
@@ -130,17 +149,28 @@ class Folder:
         finally:
             os.close(fd)
 
-    def write(self, path: str, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
-        """Replace a file at once. When ``durable``, it survives a power cut after the return."""
+    def write(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        mode: int = 0o644,
+        durable: bool = True,
+        synced: bool = False,
+    ) -> None:
+        """Replace a file at once. When ``durable``, it survives a power cut after the return.
+
+        When only ``synced``, its bytes do, under the name it had or the one it has now.
+        """
         folder = path.rpartition("/")[0]
         if folder and not self.exists(folder):
             self.make(folder)
         with self._parent(path) as (parent, name):
             temporary = f".{name}.tmp"
-            fd = os.open(temporary, _CREATE, mode, dir_fd=parent)
+            fd = _create(temporary, mode, parent)
             try:
                 write_whole(fd, data)
-                if durable:
+                if durable or synced:
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
@@ -148,12 +178,50 @@ class Folder:
             if durable:
                 os.fsync(parent)
 
+    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
+        """Replace many files; all survive a power cut after the return.
+
+        Each is whole under its name at any time, for readers; after a power cut one may be torn
+        that this call did not return for. A folder is synced once for all files in it, and when
+        there are very many files, the file system once for all.
+        """
+        files = list(files)
+        together = len(files) > _MANY_FILES
+        folders: dict[str, None] = {}
+        for path, data in files:
+            self.write(path, data, durable=False, synced=not together)
+            folders[path.rpartition("/")[0]] = None
+        if together:
+            sync_file_system(self._root)
+            return
+        for folder in folders:
+            with self._descend(folder.split("/")) as fd:
+                os.fsync(fd)
+
     def open_append(self, path: str, *, mode: int = 0o644) -> int:
         """Open or create a file to append to; the caller closes the descriptor."""
         with self._parent(path) as (parent, name):
             fd = os.open(name, _APPEND, mode, dir_fd=parent)
-            os.fsync(parent)
+            try:
+                _require_only_name(path, fd)
+                os.fsync(parent)
+            except BaseException:
+                os.close(fd)
+                raise
             return fd
+
+    @contextmanager
+    def appended(self, path: str, *, mode: int = 0o644) -> Generator[int]:
+        """Open or create a file to append to; it is closed on leaving the block."""
+        fd = self.open_append(path, mode=mode)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def lock(self) -> None:
+        """Lock the folder itself, flock(2), until it is closed. Raise BlockingIOError."""
+        fcntl.flock(self._root, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def open_lock(self, path: str) -> int:
         """Open or create a lock file; the caller closes the descriptor."""
@@ -164,8 +232,9 @@ class Folder:
     def truncate(self, path: str, size_bytes: int) -> None:
         """Cut a file of ours and make that durable."""
         with self._parent(path) as (parent, name):
-            fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            fd = os.open(name, _CHANGE, dir_fd=parent)
             try:
+                _require_only_name(path, fd)
                 os.ftruncate(fd, size_bytes)
                 os.fsync(fd)
             finally:
@@ -175,6 +244,16 @@ class Folder:
         """Remove a file if it is there."""
         with suppress(FileNotFoundError), self._parent(path) as (parent, name):
             os.unlink(name, dir_fd=parent)
+
+    def destroy(self, path: str) -> bool:
+        """Overwrite a file with zeros and remove it, durably; tell whether it was there."""
+        try:
+            with self._parent(path) as (parent, name):
+                return shred(parent, name, linked=False)
+        except TraceInvalid as error:
+            if error.code == "trace.missing":  # nor is its folder
+                return False
+            raise
 
     def remove_folder(self, path: str) -> None:
         """Remove a flat folder with its files, if it is there."""
@@ -203,6 +282,65 @@ class Folder:
             yield fd
         finally:
             os.close(fd)
+
+
+def shred(parent: int, name: str, *, linked: bool = True) -> bool:
+    """Overwrite a file below a descriptor with zeros and remove it; durable, and repeatable.
+
+    Without ``linked`` a file with further names (hard links) only loses this one: where somebody
+    else may have made the folder, it may be any file of ours.
+
+    Overwriting is best effort: a file system that copies on write, or a flash disk, may keep what
+    was there before. What is no plain file is only removed.
+    """
+    try:
+        fd = os.open(name, _CHANGE, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in (ELOOP, ENXIO):
+            raise
+    else:
+        try:
+            if linked or os.fstat(fd).st_nlink == 1:
+                _overwrite(fd)
+        finally:
+            os.close(fd)
+    os.unlink(name, dir_fd=parent)
+    os.fsync(parent)
+    return True
+
+
+def _overwrite(fd: int) -> None:
+    status = os.fstat(fd)
+    left = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    while left > 0:
+        left -= os.write(fd, bytes(min(left, _CHUNK)))
+    os.fsync(fd)
+
+
+def _create(name: str, mode: int, parent: int) -> int:
+    """Create a file that nobody else knows; what a crash, or somebody else, left there goes."""
+    try:
+        return os.open(name, _CREATE, mode, dir_fd=parent)
+    except FileExistsError:
+        os.unlink(name, dir_fd=parent)
+        return os.open(name, _CREATE, mode, dir_fd=parent)
+
+
+def _require_only_name(path: str, fd: int) -> None:
+    """Refuse to change what may be another file of ours: through a hard link, or no file at all."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
+
+
+def sync_file_system(fd: int) -> None:
+    """Make everything on a file system durable, and hear of any write that failed: syncfs(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def write_whole(fd: int, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from safeconduct.errors import TraceInvalid
@@ -11,7 +12,7 @@ from safeconduct.errors import TraceInvalid
 from .checkpoint import require_origin
 from .folder import Folder
 from .journal import JOURNAL
-from .openings import BLOBS, OPENINGS
+from .privacy.openings import BLOBS, OPENINGS
 from .readme import readme
 
 _MAX_ORIGIN_BYTES = 256
@@ -29,6 +30,34 @@ _KNOWN = frozenset(
         "proofs",
     }
 )
+
+
+def open_ours(directory: Path) -> Folder:
+    """Open the folder of a trace, or make a new one. Raise ``trace.foreign`` where it is none."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = Folder(directory)
+    try:
+        require_ours(folder, directory)
+        folder.make(JOURNAL, mode=0o700)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def stored_bytes(folder: Folder) -> int:
+    """Return how many bytes the files of a trace have, its journal not counted."""
+    total, level = 0, ["tile", "checkpoints", OPENINGS, BLOBS]
+    while level:
+        below: list[str] = []
+        for path in level:
+            for name, status in folder.statuses(path):
+                if stat.S_ISDIR(status.st_mode):
+                    below.append(f"{path}/{name}")
+                else:
+                    total += status.st_size
+        level = below
+    return total
 
 
 def require_ours(folder: Folder, directory: Path) -> None:
@@ -51,10 +80,14 @@ def _foreign(directory: Path, why: str) -> TraceInvalid:
 
 
 def lock_trace(folder: Folder) -> int:
-    """Take the trace's only writing place; closing the descriptor gives it back."""
+    """Take the trace's only writing place; closing the descriptor and the folder gives it back.
+
+    The folder is locked too: ``journal/lock`` can be removed or replaced under the writer.
+    """
     fd = folder.open_lock(f"{JOURNAL}/lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.lock()
     except BlockingIOError as error:
         os.close(fd)
         raise TraceInvalid(

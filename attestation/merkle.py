@@ -45,6 +45,25 @@ class CompactRange:
         self._complete.append(leaf)
         self.size += 1
 
+    def push_into(self, levels: list[list[bytes]], leaf: bytes) -> None:
+        """Add one leaf hash, and the roots of full tiles it completes to the levels above.
+
+        ``levels[0]`` takes the leaf, ``levels[n]`` the root of each 256 hashes of the level below:
+        they arise here anyway, so that no hash is made twice.
+        """
+        levels[0].append(leaf)
+        carry, complete, height = self.size, self._complete, 0
+        while carry & 1:
+            leaf = sha256(b"\x01" + complete.pop() + leaf).digest()
+            carry >>= 1
+            height += 1
+            if not height & 7:
+                if len(levels) == height >> 3:
+                    levels.append([])
+                levels[height >> 3].append(leaf)
+        complete.append(leaf)
+        self.size += 1
+
     def root(self) -> bytes:
         """Return the root of the tree so far."""
         return fold(self._complete) if self._complete else EMPTY_ROOT
@@ -136,11 +155,17 @@ def prove_consistency(old_size: int, new_size: int, node: NodeReader) -> list[by
     return [range_hash(*part, node) for part in reversed(ranges)]
 
 
+def _are_hashes(*values: bytes) -> bool:
+    return all(len(value) == HASH_BYTES for value in values)
+
+
 def verify_inclusion(
     leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes
 ) -> bool:
     """Tell whether the proof leads from the leaf at index to the root (RFC 9162 §2.1.3.2)."""
     if not 0 <= index < size <= MAX_SIZE or len(proof) > MAX_PROOF_HASHES:
+        return False
+    if not _are_hashes(leaf, root, *proof):
         return False
     position, last = index, size - 1
     for sibling in proof:
@@ -158,16 +183,24 @@ def verify_inclusion(
     return last == 0 and leaf == root
 
 
+def _needs_no_proof(old_size: int, old_root: bytes, new_size: int, new_root: bytes) -> bool:
+    """Tell whether trees agree of which the old one is empty or as large as the new one."""
+    if old_size:
+        return old_root == new_root
+    grown = _are_hashes(new_root) if new_size else new_root == EMPTY_ROOT
+    return old_root == EMPTY_ROOT and grown
+
+
 def verify_consistency(
     old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]
 ) -> bool:
     """Tell whether the new tree extends the old one (RFC 9162 §2.1.4.2)."""
     if not 0 <= old_size <= new_size <= MAX_SIZE or len(proof) > MAX_PROOF_HASHES:
         return False
-    if old_size == 0:
-        return not proof and old_root == EMPTY_ROOT
-    if old_size == new_size:
-        return not proof and old_root == new_root
+    if old_size in (0, new_size):
+        return not proof and _needs_no_proof(old_size, old_root, new_size, new_root)
+    if not _are_hashes(old_root, new_root, *proof):
+        return False
     path = list(proof)
     if old_size & (old_size - 1) == 0:
         path.insert(0, old_root)

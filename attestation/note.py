@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from safeconduct.errors import TraceInvalid
 
-_ED25519 = b"\x01"
-_DASH = "\N{EM DASH} "
-_PRIVATE = "PRIVATE+KEY+"
+ED25519 = b"\x01"  # the signature type of a log's key
+DASH = "\N{EM DASH} "
+PRIVATE = "PRIVATE+KEY+"
 # LIMIT: signed-note asks for at least 16 signatures; a cosigned checkpoint needs a few more.
 MAX_SIGNATURES = 64
 MAX_NOTE_BYTES = 64 << 10
@@ -49,9 +49,9 @@ def decode_base64(text: str, *, code: str) -> bytes:
     return data
 
 
-def key_id(name: str, public: bytes) -> bytes:
-    """Return the 4-byte id of a key (signed-note, "Signatures")."""
-    return sha256(name.encode() + b"\n" + _ED25519 + public).digest()[:4]
+def key_id(name: str, public: bytes, kind: bytes = ED25519) -> bytes:
+    """Return the 4-byte id of a key (signed-note, "Signatures"); ``kind`` is its type byte."""
+    return sha256(name.encode() + b"\n" + kind + public).digest()[:4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Note:
         signatures = lines[:-1].split("\n")
         if len(signatures) > MAX_SIGNATURES:
             raise _invalid(f"a note with more than {MAX_SIGNATURES} signatures")
-        return cls(body + "\n", tuple(_parse_signature(line) for line in signatures))
+        return cls(body + "\n", tuple(parse_signature(line) for line in signatures))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +105,22 @@ class VerifierKey:
     @property
     def line(self) -> str:
         """Return the key line ``name+hash+base64``."""
-        return f"{self.name}+{self.id.hex()}+{encode_base64(_ED25519 + self.public)}"
+        return f"{self.name}+{self.id.hex()}+{encode_base64(ED25519 + self.public)}"
 
     @classmethod
     def parse(cls, line: str) -> VerifierKey:
         """Parse a key line. Raise TraceInvalid ``key.invalid``."""
-        key = cls(*_parse_key(line, line))
+        key = cls(*parse_key_line(line, line))
         if line.split("+", 2)[1] != key.id.hex():
-            raise _bad_key("its hash does not match")
+            raise bad_key("its hash does not match")
         return key
+
+    def of_log(self, origin: str) -> VerifierKey:
+        """Return the same key under the name its signatures on this log's heads carry: the origin.
+
+        tlog-checkpoint asks for it, and witnesses and tlog-policy files know a log by it.
+        """
+        return VerifierKey(origin, self.public)
 
     def made(self, signature: Signature) -> bool:
         """Tell whether the line claims this key: same name and same id."""
@@ -145,25 +152,44 @@ class SigningKey:
     @property
     def line(self) -> str:
         """Return the private key line; whoever holds it can sign."""
-        return (
-            f"{_PRIVATE}{self.name}+{self.verifier.id.hex()}+{encode_base64(_ED25519 + self.seed)}"
-        )
+        return f"{PRIVATE}{self.name}+{self.verifier.id.hex()}+{encode_base64(ED25519 + self.seed)}"
 
     @classmethod
     def parse(cls, line: str) -> SigningKey:
         """Parse a private key line. Raise TraceInvalid ``key.invalid``, never quoting it."""
-        if not line.startswith(_PRIVATE):
-            raise _bad_key("it is no private key line")
-        public_form = line.removeprefix(_PRIVATE)
-        key = cls(*_parse_key(public_form, "a private key"))
+        if not line.startswith(PRIVATE):
+            raise bad_key("it is no private key line")
+        public_form = line.removeprefix(PRIVATE)
+        key = cls(*parse_key_line(public_form, "a private key"))
         if public_form.split("+", 2)[1] != key.verifier.id.hex():
-            raise _bad_key("its hash does not match")
+            raise bad_key("its hash does not match")
         return key
+
+    def of_log(self, origin: str) -> SigningKey:
+        """Return the same key under the name that signs this log's heads: the origin."""
+        return SigningKey(origin, self.seed)
 
     def sign(self, text: str) -> str:
         """Return the signature line over a note text, with its newline."""
-        signature = Ed25519PrivateKey.from_private_bytes(self.seed).sign(text.encode())
-        return f"{_DASH}{self.name} {encode_base64(self.verifier.id + signature)}\n"
+        return Pen(self).sign(text)
+
+    def sign_bytes(self, data: bytes) -> bytes:
+        """Return the 64 bytes of the signature; ``data`` must not look like any note text."""
+        return Ed25519PrivateKey.from_private_bytes(self.seed).sign(data)
+
+
+class Pen:
+    """A private key made ready for many notes: what only depends on it is computed once."""
+
+    def __init__(self, key: SigningKey) -> None:
+        """Take a key as it is to sign."""
+        self._name, self._id = key.name, key.verifier.id
+        self._private = Ed25519PrivateKey.from_private_bytes(key.seed)
+
+    def sign(self, text: str) -> str:
+        """Return the signature line over a note text, with its newline."""
+        signature = self._private.sign(text.encode())
+        return f"{DASH}{self._name} {encode_base64(self._id + signature)}\n"
 
 
 def require_key_name(name: str) -> str:
@@ -177,10 +203,11 @@ def require_key_name(name: str) -> str:
     return name
 
 
-def _parse_signature(line: str) -> Signature:
-    if not line.startswith(_DASH):
+def parse_signature(line: str) -> Signature:
+    """Parse one signature line, without its newline. Raise TraceInvalid ``note.invalid``."""
+    if not line.startswith(DASH):
         raise _invalid("a signature line that does not start with an em dash")
-    name, space, encoded = line.removeprefix(_DASH).partition(" ")
+    name, space, encoded = line.removeprefix(DASH).partition(" ")
     if not space or not name or "+" in name or any(mark.isspace() for mark in name):
         raise _invalid("a signature line without a key name")
     data = decode_base64(encoded, code="note.invalid")
@@ -189,16 +216,20 @@ def _parse_signature(line: str) -> Signature:
     return Signature(name, data[:4], data[4:])
 
 
-def _parse_key(line: str, what: str) -> tuple[str, bytes]:
+def parse_key_line(line: str, what: str, kind: bytes = ED25519) -> tuple[str, bytes]:
+    """Return name and 32 key bytes of ``name+hash+base64``; ``what`` is quoted in errors.
+
+    The hash is only looked at: comparing it is the caller's, who knows what it is taken over.
+    """
     parts = line.split("+", 2)
     if len(line) > MAX_KEY_CHARACTERS or len(parts) != 3:
-        raise _bad_key(f"{what[:80]!r} has not the form name+hash+base64")
+        raise bad_key(f"{what[:80]!r} has not the form name+hash+base64")
     name, hash_text, encoded = parts
     if _KEY_HASH.fullmatch(hash_text) is None:
-        raise _bad_key("its hash is not eight hexadecimal digits")
+        raise bad_key("its hash is not eight hexadecimal digits")
     data = decode_base64(encoded, code="key.invalid")
-    if data[:1] != _ED25519 or len(data) != 33:
-        raise _bad_key("it is no Ed25519 key (type 0x01)")
+    if data[:1] != kind or len(data) != 33:
+        raise bad_key(f"it is no key of type 0x{kind.hex()} (Ed25519)")
     return require_key_name(name), data[1:]
 
 
@@ -206,7 +237,8 @@ def _invalid(what: str) -> TraceInvalid:
     return TraceInvalid(what, code="note.invalid")
 
 
-def _bad_key(why: str) -> TraceInvalid:
+def bad_key(why: str) -> TraceInvalid:
+    """Return the error for a key line that cannot be used."""
     return TraceInvalid(
         f"the key line cannot be used: {why}",
         code="key.invalid",

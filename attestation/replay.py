@@ -7,17 +7,17 @@ the calls as they were made, not what an agent would have done after a different
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from safeconduct.call import Decision, Document, Effect, EntryKind, Facts
+from safeconduct.call import Decision, Document, Effect, EntryKind, Facts, Json
 from safeconduct.errors import PolicyError, TraceInvalid
-from safeconduct.policies import decide
+from safeconduct.policies import decide, unspelled
 
 from .entry import Entry
-from .openings import Opening
-from .reader import Missing, read_opened
+from .privacy.opened import Missing, Opening, read_opened
+from .privacy.vault import Vault
 
 if TYPE_CHECKING:
     from safeconduct.policies import Judged
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _OPERATOR = "operator.command"
 # What a sub-agent's Capability alone refused begins with it.
 _CAPABILITY = "capability."
+# What an erased opening looks like: no file, or one whose key is not here.
+_GONE = frozenset({"opening.missing", "opening.sealed"})
 _NO_DOCUMENT = Missing("document.none", "the call was refused before it had a canonical form")
 
 
@@ -64,6 +66,7 @@ class Undecidable:
     tool: str
     code: str
     reason: str
+    session: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,21 +94,24 @@ class ReplayReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Intent:
     index: int
+    session: str
     tool: str
     caller: str
     origin: str
     document: Document | Missing
 
 
-def replay_policy(directory: Path, policy: Judged) -> ReplayReport:
+def replay_policy(directory: Path, policy: Judged, *, vault: Vault | None = None) -> ReplayReport:
     """Judge every intent of a trace by a policy and compare with the recorded decision.
 
     Verify the trace first: replay believes the entries, and each opening only as far as it hashes
-    to its commitment. Raise TraceInvalid where an entry cannot be read.
+    to its commitment. ``vault`` opens what is encrypted; what was erased by order, and said so in
+    the log, is undecidable as ``opening.erased``. Raise TraceInvalid where an entry cannot be read.
     """
     report = ReplayReport()
     waiting: dict[tuple[str, str], _Intent] = {}
-    for index, entry, opened in read_opened(directory):
+    erased: dict[str, int] = {}  # session → index of its redaction
+    for index, entry, opened in read_opened(directory, vault=vault):
         if entry.kind is EntryKind.CALL_INTENT:
             report.calls += 1
             key = (entry.session, entry.body["call"])
@@ -118,9 +124,20 @@ def replay_policy(directory: Path, policy: Judged) -> ReplayReport:
             intent = waiting.pop((entry.session, entry.body["call"]), None)
             if intent is not None:
                 _undecided(report, intent, entry.body["call"])
+        elif entry.kind is EntryKind.REDACTION:
+            erased[entry.body["session"]] = index
     for (_, call), intent in waiting.items():
         _undecided(report, intent, call)
+    report.undecidable = [_name_erased(one, erased) for one in report.undecidable]
     return report
+
+
+def _name_erased(one: Undecidable, erased: Mapping[str, int]) -> Undecidable:
+    """Say of an opening that is not there when the log tells that it was erased by order."""
+    if one.code not in _GONE or one.session not in erased:
+        return one
+    reason = f"its session was erased, entry {erased[one.session]} says"
+    return replace(one, code="opening.erased", reason=reason)
 
 
 def _undecided(report: ReplayReport, intent: _Intent, call: str) -> None:
@@ -148,6 +165,13 @@ def _judge(report: ReplayReport, intent: _Intent, entry: Entry, policy: Judged) 
         missing = Missing(error.code, error.message)
         report.undecidable.append(_cannot(intent, call, missing))
         return
+    signature = judged.signature(intent.document.tool)
+    if signature is not None and entry.body["policy"] != judged.version:
+        name = unspelled(intent.document, signature)
+        if name is not None:
+            missing = Missing("document.spelling", f"this policy takes {name!a} for something else")
+            report.undecidable.append(_cannot(intent, call, missing))
+            return
     decision = decide(judged, intent.document, facts)
     if decision.effect is recorded:
         report.same += 1
@@ -181,7 +205,12 @@ def _shift(report: ReplayReport, intent: _Intent, entry: Entry, decision: Decisi
 
 def _cannot(intent: _Intent, call: str, missing: Missing) -> Undecidable:
     return Undecidable(
-        index=intent.index, call=call, tool=intent.tool, code=missing.code, reason=missing.reason
+        index=intent.index,
+        call=call,
+        tool=intent.tool,
+        code=missing.code,
+        reason=missing.reason,
+        session=intent.session,
     )
 
 
@@ -190,6 +219,7 @@ def _intent(index: int, entry: Entry, opened: Mapping[str, Opening | Missing]) -
     document = opening if isinstance(opening, Missing) else _document(opening)
     return _Intent(
         index=index,
+        session=entry.session,
         tool=entry.body["tool"],
         caller=entry.body["caller"],
         origin=entry.body["origin"],
@@ -214,6 +244,24 @@ def _facts(intent: _Intent, entry: Entry) -> Facts | Missing:
             return Missing("facts.invalid", "the facts of the decision are none")
 
 
+def _judged(
+    tool: str, arguments: Mapping[str, Json], workspace: str, unfit: object
+) -> Document | Missing:
+    """Build a Document; ``unfit`` is there where an argument was not what the rules took it for."""
+    found: dict[str, tuple[str, str]] | None = None
+    if unfit is not None:
+        if not isinstance(unfit, dict):
+            return Missing("opening.invalid", "the opening is no document")
+        found = {}
+        for name, said in cast("dict[str, object]", unfit).items():
+            match said:
+                case [str(code), str(why)]:
+                    found[name] = (code, why)
+                case _:
+                    return Missing("opening.invalid", "the opening is no document")
+    return Document(tool=tool, arguments=arguments, workspace=workspace, unfit=found)
+
+
 def _document(opening: Opening) -> Document | Missing:
     """Build the judged Document from its committed JSON: tool, arguments, workspace."""
     try:
@@ -222,7 +270,7 @@ def _document(opening: Opening) -> Document | Missing:
         return Missing(error.code, error.message)
     match value:
         case {"tool": str(tool), "arguments": dict(), "workspace": str(workspace)}:
-            return Document(tool=tool, arguments=value["arguments"], workspace=workspace)
+            return _judged(tool, value["arguments"], workspace, value.get("unfit"))
         case {"arguments": None}:
             return _NO_DOCUMENT
         case _:

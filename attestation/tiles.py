@@ -6,6 +6,7 @@ the right edge is in memory: one bundle and at most 255 hashes for each of the e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from safeconduct.errors import TraceInvalid
@@ -24,6 +25,9 @@ _TILE_HEIGHT = 8
 _TILE_BYTES = TILE_WIDTH * HASH_BYTES
 # LIMIT: 256 entries of 65,535 bytes, each behind a 16-bit length.
 MAX_BUNDLE_BYTES = TILE_WIDTH * (65_535 + 2)
+# Partial files of a growing tile that stay: somebody may just have read an older checkpoint.
+_PARTIALS_KEPT = 4
+_WIDTH = re.compile(r"[1-9][0-9]{0,2}")
 
 
 def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
@@ -64,18 +68,28 @@ def join_bundle(entries: Sequence[bytes]) -> bytes:
 
 
 def read_part(folder: Folder, partial: str, full: str, width: int, *, limit: int) -> bytes:
-    """Read a tile or bundle of a given width, from the full one where the partial is gone."""
+    """Read a tile or bundle of a given width, from a wider one where the partial is gone.
+
+    The full one comes last: a power cut may have torn it before the partial ones, which were
+    published, were removed.
+    """
     try:
         return folder.read(partial, limit=limit)
     except TraceInvalid as error:
         if error.code != "trace.missing" or width == TILE_WIDTH:
             raise
+    wider = [one for one in _widths(folder, full) if one > width]
     try:
-        return folder.read(full, limit=limit)
+        return folder.read(f"{full}.p/{wider[0]}" if wider else full, limit=limit)
     except TraceInvalid as error:
         if error.code == "trace.missing":
             raise TraceInvalid(f"{partial} is missing", code="trace.missing") from error
         raise
+
+
+def _widths(folder: Folder, full: str) -> list[int]:
+    """Return the widths of a tile's partial files, ascending."""
+    return sorted(int(name) for name in folder.names(f"{full}.p") if _WIDTH.fullmatch(name))
 
 
 def read_tile(folder: Folder, level: int, index: int, width: int) -> bytes:
@@ -83,7 +97,9 @@ def read_tile(folder: Folder, level: int, index: int, width: int) -> bytes:
     path = tile_path(level, index, width)
     full = tile_path(level, index)
     tile = read_part(folder, path, full, width, limit=_TILE_BYTES)
-    if len(tile) not in (width * HASH_BYTES, _TILE_BYTES):
+    fits = len(tile) == width * HASH_BYTES
+    wider = len(tile) % HASH_BYTES == 0 and width * HASH_BYTES < len(tile) <= _TILE_BYTES
+    if not fits and not (wider and not folder.exists(path)):
         raise TraceInvalid(f"{path} has not {width} hashes", code="trace.tile", offset=len(tile))
     return tile[: width * HASH_BYTES]
 
@@ -105,13 +121,18 @@ def edge_widths(size: int) -> Iterator[tuple[int, int, int]]:
 
 
 class TileStore:
-    """The tiles of one log, growing at the right. Not for use by two threads at once."""
+    """The tiles of one log, growing at the right. Not for use by two threads at once.
+
+    ``append`` works in memory: what became full waits in there until ``files`` was written and
+    ``written`` says so. The journal has those entries until then.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._edge = CompactRange()
         self._bundle: list[bytes] = []
         self._levels: list[list[bytes]] = [[]]
+        self._full: dict[str, bytes] = {}
 
     @classmethod
     def load(cls, folder: Folder, size: int) -> TileStore:
@@ -120,9 +141,7 @@ class TileStore:
         for level, index, width in edge_widths(size):
             store._grow_to(level)
             tile = read_tile(folder, level, index, width)
-            store._levels[level] = [
-                tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)
-            ]
+            store._levels[level] = _split_tile(tile)
         index, width = divmod(size, TILE_WIDTH)
         if width:
             bundle = read_bundle(folder, index, width)
@@ -142,20 +161,38 @@ class TileStore:
         return self._edge.root()
 
     def append(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
-        """Add (entry, its leaf hash); each bundle and tile they fill is written durably."""
+        """Add (entry, its leaf hash), in memory."""
+        bundle, levels, push = self._bundle, self._levels, self._edge.push_into
         for entry, leaf in entries:
-            self._bundle.append(entry)
-            self._levels[0].append(leaf)
-            self._edge.push(leaf)
-            if len(self._bundle) == TILE_WIDTH:
-                self._write_full()
+            bundle.append(entry)
+            push(levels, leaf)
+            if len(bundle) == TILE_WIDTH:
+                self._set_aside()
+                bundle = self._bundle
 
-    def flush(self) -> None:
-        """Write the partial bundle and tiles of the tree as it stands, durably."""
+    def files(self) -> dict[str, bytes]:
+        """Return what a reader of the tree as it stands needs and has not yet: path and bytes.
+
+        Bundles and tiles that became full, lowest level first, then the partial ones.
+        """
+        files = dict(self._full)
         for level, index, width in edge_widths(self.size):
             if level == 0:
-                self._folder.write(bundle_path(index, width), join_bundle(self._bundle))
-            self._folder.write(tile_path(level, index, width), b"".join(self._levels[level]))
+                files[bundle_path(index, width)] = join_bundle(self._bundle)
+            files[tile_path(level, index, width)] = b"".join(self._levels[level])
+        return files
+
+    def written(self, files: Iterable[str]) -> None:
+        """Forget what is on disk now."""
+        for path in files:
+            self._full.pop(path, None)
+
+    def flush(self) -> None:
+        """Write everything, durably."""
+        files = self.files()
+        self._folder.write_all(files.items())
+        self.written(files)
+        drop_partial(self._folder, files)
 
     def node(self, level: int, index: int) -> bytes:
         """Return the hash of a complete subtree, read from its tile."""
@@ -184,26 +221,41 @@ class TileStore:
         if index == self.size >> _TILE_HEIGHT * (level + 1):
             self._grow_to(level)
             return self._levels[level]
-        tile = read_tile(self._folder, level, index, TILE_WIDTH)
-        return [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
+        waiting = self._full.get(tile_path(level, index))
+        return _split_tile(waiting or read_tile(self._folder, level, index, TILE_WIDTH))
 
     def _grow_to(self, level: int) -> None:
         while len(self._levels) <= level:
             self._levels.append([])
 
-    def _write_full(self) -> None:
-        """Write what has just become full, lowest level first, and drop its partial files."""
+    def _set_aside(self) -> None:
+        """Put what has just become full where ``files`` finds it, lowest level first."""
         index = self.size // TILE_WIDTH - 1
-        self._folder.write(bundle_path(index), join_bundle(self._bundle))
-        self._folder.remove_folder(f"{bundle_path(index)}.p")
+        self._full[bundle_path(index)] = join_bundle(self._bundle)
         self._bundle = []
         level = 0
         while len(self._levels[level]) == TILE_WIDTH:
-            hashes = self._levels[level]
-            self._folder.write(tile_path(level, index), b"".join(hashes))
-            self._folder.remove_folder(f"{tile_path(level, index)}.p")
+            self._full[tile_path(level, index)] = b"".join(self._levels[level])
             self._levels[level] = []
             self._grow_to(level + 1)
-            self._levels[level + 1].append(tile_root(hashes))
-            level += 1
-            index = index // TILE_WIDTH
+            level, index = level + 1, index // TILE_WIDTH
+
+
+def drop_partial(folder: Folder, files: Iterable[str]) -> None:
+    """Remove the partial files that newly written ones replace.
+
+    A full one replaces all of them; of partial ones the newest few stay for who has just read an
+    older checkpoint. ``read_part`` takes the first hashes of a wider one.
+    """
+    for path in files:
+        stem, partial, width = path.rpartition(".p/")
+        if not partial:
+            folder.remove_folder(f"{path}.p")
+            continue
+        older = [one for one in _widths(folder, stem) if one <= int(width)]
+        for old in older[:-_PARTIALS_KEPT]:
+            folder.remove(f"{stem}.p/{old}")
+
+
+def _split_tile(tile: bytes) -> list[bytes]:
+    return [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]

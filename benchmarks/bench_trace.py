@@ -1,113 +1,236 @@
 """What does recording a call cost, and what does making it durable cost over the disk's own price?
 
-volatile_us            intent + decision + outcome of one call, median; signed between rounds
-saturated_us           the same back to back, while the checkpoint thread works: the mean
-durable_vs_fdatasync   a durable intent against write + fdatasync of as many bytes, interleaved
-durable_entries_per_s_64  64 threads, each entry durable before the next
-overhead_pct           what tree, lengths and checkpoints add to the bytes of the entries
+volatile_us            intent + outcome of a call, as the Recorder writes them: median
+volatile_three_us      intent + decision + outcome: what the pipeline records of a call
+volatile_sandboxed_us  the three of a program's call, with its sandbox's layers, limits and use
+volatile_encrypted_us  the three, openings encrypted with a vault
+saturated_us           the three back to back, while signing goes on: the mean
+durable_vs_fdatasync   a durable intent against write + fdatasync of as many bytes
+judged_vs_fdatasync    a durable intent + decision, as the Recorder writes them
+signed_vs_fdatasync    the same, and a signed head over them before the effect
+durable_entries_per_s_64        64 threads, each entry durable before the next
+durable_entries_per_s_64_tasks  64 tasks of one event loop
+overhead_pct           what the public files add to the bytes of the entries
+
+It writes in a temporary folder; SAFECONDUCT_BENCH_DIRECTORY names one on another disk.
+Beside it, in the same rounds, what others do per call (trace_peers.py): attestroot and a log that
+signs each event write files as ours does; agentmesh signs one receipt and keeps it in memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import asyncio
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-import cryptography
 import msgspec
 
 from safeconduct.attestation import SignerClient, TraceWriter, read_entries, write_key
-from safeconduct.call import Durability, EntryKind, Json
+from safeconduct.attestation.privacy.vault import Vault
+from safeconduct.call import (
+    Call,
+    Confinement,
+    Decision,
+    Document,
+    Durability,
+    Effect,
+    Enforcement,
+    EntryKind,
+    Facts,
+    Held,
+    Json,
+    Outcome,
+    Profile,
+    Tier,
+    Usage,
+)  # fmt: skip
+from safeconduct.runtime.record import Recorder
 
-_POLICY = "0" * 64
-_ROUND_CALLS = 60
+from . import harness, trace_peers
+
+_POLICY = "sha256:" + "5a" * 32
+_ROUND_CALLS = 40
+_PEER_CALLS = 4
+_LAYERS = (
+    "user", "mount", "pid", "net", "ipc", "uts", "cgroup", "landlock-abi7", "seccomp",
+    "no-capabilities", "cgroup-v1", "own-uid",
+)  # fmt: skip
+_HELD = {
+    "wall": Held.TREE, "cpu": Held.TREE, "memory": Held.TREE, "pids": Held.TREE,
+    "files": Held.PROCESS, "disk": Held.TREE, "inodes": Held.TREE, "depth": Held.TREE,
+    "file": Held.PROCESS, "output": Held.TREE, "idle": Held.NONE,
+}  # fmt: skip
+_CONFINED = Confinement(tier=Tier.FULL, layers=_LAYERS, held=_HELD)
+_UNCONFINED = Confinement(tier=None)
+_INTENT: dict[str, Json] = {"tool": "fs.read", "caller": "local", "origin": "sdk", "parent": None}
+_READ: dict[str, Json] = {"path": "/ws/src/main.py"}
+_RUN: dict[str, Json] = {"argv": ["pytest", "-q"], "cwd": "/ws", "timeout": None}
+_USED = Usage(
+    wall_ms=812, cpu_ms=640, throttled_ms=0, peak_memory_bytes=48_234_496, oom_kills=0,
+    peak_pids=3, refused_forks=0, read_bytes=0, written_bytes=12_288,
+)  # fmt: skip
 
 
-def record_call(writer: TraceWriter, session: str, call: str) -> None:
-    """Record an allowed call of fs.read as the pipeline does."""
-    record_intent(writer, session, call, Durability.VOLATILE)
-    decision = {"call": call, "effect": "allow", "code": "allowed", "rules": ["fs.read/1"]}
-    writer.append(
-        EntryKind.CALL_DECISION,
-        {**decision, "policy": _POLICY, "enforcement": "object", "profile": "base"},
-        session=session,
+_FACTS = Facts(now_ms=1_795_280_022_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A call and what came of it, as the pipeline has them when it records."""
+
+    call: Call
+    document: Document
+    decision: Decision
+    outcome: Outcome
+
+
+def made(name: str, *, program: bool = False, durable: bool = False, signed: bool = False) -> Made:
+    """Return an allowed call of a tool that we execute ourselves, or of a ``program``."""
+    tool, arguments = ("shell.run", _RUN) if program else ("fs.read", _READ)
+    outcome = Outcome(call=name, value="some text of a file\n", confinement=_UNCONFINED)
+    if program:
+        outcome = Outcome(
+            call=name, exit_code=0, stdout=b"3 passed\n", usage=_USED, confinement=_CONFINED
+        )
+    decision = Decision(
+        effect=Effect.ALLOW,
+        policy=_POLICY,
+        code="allowed",
+        reason="",
+        rules=(f"{tool}/1",),
+        profile=Profile(name="base"),
+        enforcement=Enforcement.OBJECT,
+        durability=Durability.SYNC if durable or signed else Durability.VOLATILE,
+        irreversible=signed,
     )
-    writer.append(
-        EntryKind.CALL_OUTCOME,
-        {"call": call, "status": "ok", "exit_code": None, "usage": {"wall_ms": 1}},
-        session=session,
-        committed={"value": "some text of a file\n"},
+    return Made(
+        call=Call(id=name, tool=tool, arguments=arguments, session="bench"),
+        document=Document(tool=tool, arguments=arguments, workspace="/ws"),
+        decision=decision,
+        outcome=outcome,
     )
 
 
-def record_intent(writer: TraceWriter, session: str, call: str, durability: Durability) -> None:
-    """Record the intent alone."""
-    document: Json = {
-        "tool": "fs.read",
-        "arguments": {"path": "/ws/src/main.py"},
-        "workspace": "/ws",
+class Recording:
+    """Calls recorded as the pipeline does."""
+
+    def __init__(self, writer: TraceWriter) -> None:
+        self.writer = writer
+        self.recorder = Recorder(writer, caller="local", origin="bench")
+
+    def judged(self, one: Made) -> None:
+        """Record intent and decision; after it, the effect may happen."""
+        self.recorder.intent(one.call, one.document)
+        self.recorder.decision(one.call, one.decision, _FACTS)
+        if one.decision.irreversible:
+            self.recorder.before_effect(one.decision)
+
+    def whole(self, one: Made) -> None:
+        """Record all three entries of a call."""
+        self.recorder.intent(one.call, one.document)
+        self.recorder.decision(one.call, one.decision, _FACTS)
+        self.recorder.outcome(one.call, one.outcome)
+
+    def two(self, one: Made) -> None:
+        """Record intent and outcome alone."""
+        self.recorder.intent(one.call, one.document)
+        self.recorder.outcome(one.call, one.outcome)
+
+
+def volatile(
+    recording: Recording,
+    sealed: Recording,
+    peers: Mapping[str, Callable[[str], object]],
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Return microseconds per call of each subject, in turns; signing is done between, untimed."""
+    subjects: dict[str, Callable[[Made], object]] = {
+        "volatile": recording.two,
+        "volatile_three": recording.whole,
+        "volatile_sandboxed": recording.whole,
+        "volatile_encrypted": sealed.whole,
+        **{name: partial(_by_name, peer) for name, peer in peers.items()},
     }
-    writer.append(
-        EntryKind.CALL_INTENT,
-        {"call": call, "tool": "fs.read", "caller": "local", "origin": "sdk", "parent": None},
-        session=session,
-        committed={"document": document},
-        durability=durability,
-    )
-
-
-def volatile(writer: TraceWriter, rounds: int) -> list[float]:
-    """Return the microseconds of each call; checkpoints are made between rounds, untimed."""
-    taken: list[float] = []
-    session = writer.open_session("local", "bench")
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds):
-        writer.checkpoint()
-        for call in range(_ROUND_CALLS):
-            start = time.perf_counter_ns()
-            record_call(writer, session, f"c{number}.{call}")
-            taken.append((time.perf_counter_ns() - start) / 1000)
-    writer.close_session(session)
+        for name, subject in subjects.items():
+            count = _PEER_CALLS if name in peers else _ROUND_CALLS
+            program = name == "volatile_sandboxed"
+            calls = [made(f"{name}.{number}.{at}", program=program) for at in range(count + 1)]
+            recording.writer.checkpoint()
+            sealed.writer.checkpoint()
+            subject(calls.pop())
+            for call in calls:
+                begun = time.perf_counter_ns()
+                subject(call)
+                taken[name].append((time.perf_counter_ns() - begun) / 1000)
     return taken
 
 
-def saturated(writer: TraceWriter, calls: int) -> float:
+def _by_name(peer: Callable[[str], object], one: Made) -> None:
+    peer(one.call.id)
+
+
+def saturated(recording: Recording, calls: int) -> float:
     """Return the mean microseconds of a call when nothing else happens in between."""
-    session = writer.open_session("local", "bench")
-    start = time.perf_counter_ns()
-    for call in range(calls):
-        record_call(writer, session, f"s{call}")
-    taken = (time.perf_counter_ns() - start) / 1000 / calls
-    writer.close_session(session)
-    return taken
+    ready = [made(f"s{call}") for call in range(calls)]
+    begun = time.perf_counter_ns()
+    for call in ready:
+        recording.whole(call)
+    return (time.perf_counter_ns() - begun) / 1000 / calls
 
 
-def durable(writer: TraceWriter, directory: Path, count: int) -> tuple[list[float], list[float]]:
-    """Return microseconds of durable intents and of raw write + fdatasync, taken in turns."""
-    ours: list[float] = []
-    raw: list[float] = []
-    session = writer.open_session("local", "bench")
+def durable(recording: Recording, directory: Path, count: int) -> dict[str, list[float]]:
+    """Return microseconds of raw write + fdatasync, and of what is durable or signed, in turns."""
     fd = os.open(directory / "raw", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    block = bytes(420)
-    for number in range(count):
-        if number % 50 == 0:
-            writer.checkpoint()  # so that none falls into the measured stretch
-        start = time.perf_counter_ns()
+    block = bytes(700)
+    writer, session = recording.writer, recording.recorder.session
+
+    def raw(_: int) -> None:
         os.write(fd, block)
         os.fdatasync(fd)
-        middle = time.perf_counter_ns()
-        record_intent(writer, session, f"d{number}", Durability.SYNC)
-        raw.append((middle - start) / 1000)
-        ours.append((time.perf_counter_ns() - middle) / 1000)
+
+    def intent(number: int) -> None:
+        body, committed = _entry(f"e{number}")
+        writer.append(
+            EntryKind.CALL_INTENT,
+            body,
+            session=session,
+            committed=committed,
+            durability=Durability.SYNC,
+        )
+
+    def judged(number: int) -> None:
+        recording.judged(made(f"d{number}", durable=True))
+
+    def signed(number: int) -> None:
+        recording.judged(made(f"i{number}", signed=True))
+
+    subjects = {"fdatasync": raw, "durable": intent, "judged": judged, "signed": signed}
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    for number in range(count):
+        if number % 25 == 0:
+            recording.writer.checkpoint()  # so that few fall into the measured stretch
+        for name, subject in subjects.items():
+            begun = time.perf_counter_ns()
+            subject(number)
+            taken[name].append((time.perf_counter_ns() - begun) / 1000)
     os.close(fd)
-    writer.close_session(session)
-    return ours, raw
+    return taken
+
+
+def _entry(name: str) -> tuple[dict[str, Json], dict[str, Json | bytes]]:
+    document: Json = {"tool": "fs.read", "arguments": _READ, "workspace": "/ws"}
+    return {**_INTENT, "call": name}, {"document": document}
 
 
 def crowd(writer: TraceWriter, threads: int, each: int) -> float:
@@ -116,72 +239,127 @@ def crowd(writer: TraceWriter, threads: int, each: int) -> float:
 
     def work(session: str) -> None:
         for number in range(each):
-            record_intent(writer, session, f"t{number}", Durability.SYNC)
+            body, committed = _entry(f"t{number}")
+            writer.append(
+                EntryKind.CALL_INTENT,
+                body,
+                session=session,
+                committed=committed,
+                durability=Durability.SYNC,
+            )
 
     workers = [threading.Thread(target=work, args=(session,)) for session in sessions]
-    start = time.perf_counter()
+    begun = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return threads * each / (time.perf_counter() - start)
+    return threads * each / (time.perf_counter() - begun)
 
 
-def overhead(trace: Path) -> float:
-    """Return how many percent the public files exceed the entries in them."""
-    entries = sum(len(msgspec.json.encode(entry)) for _, entry in read_entries(trace))
-    public = [
-        trace / "checkpoint",
-        *(trace / "checkpoints").iterdir(),
-        *(trace / "tile").rglob("*"),
-    ]
-    return 100 * (sum(path.stat().st_size for path in public if path.is_file()) / entries - 1)
+def crowd_of_tasks(writer: TraceWriter, tasks: int, each: int) -> float:
+    """Return the same for tasks of one event loop."""
+    sessions = [writer.open_session("local", "bench") for _ in range(tasks)]
+
+    async def work(session: str) -> None:
+        for number in range(each):
+            body, committed = _entry(f"a{number}")
+            await writer.append_async(
+                EntryKind.CALL_INTENT, body, session=session, committed=committed
+            )
+
+    async def all_of_them() -> float:
+        begun = time.perf_counter()
+        await asyncio.gather(*(work(session) for session in sessions))
+        return tasks * each / (time.perf_counter() - begun)
+
+    return asyncio.run(all_of_them())
 
 
-def measure(directory: Path, *, quick: bool) -> dict[str, object]:
-    """Run all questions in one trace and return the numbers."""
+def overhead(trace: Path) -> dict[str, float]:
+    """Return by how many percent the public files exceed the entries in them, in all and by part.
+
+    A hash of 32 bytes for each entry, which lets a reader name the one that was changed, is most
+    of it: the longer an entry, the smaller its share.
+    """
+    sizes = [len(msgspec.json.encode(entry)) for _, entry in read_entries(trace)]
+    entries = sum(sizes)
+    bundles = _bytes_below(trace / "tile" / "entries")
+    hashes = _bytes_below(trace / "tile") - bundles
+    heads = _bytes_below(trace / "checkpoints") + (trace / "checkpoint").stat().st_size
+    parts = {"lengths": bundles - entries, "hashes": hashes, "checkpoints": heads}
+    percent = {f"overhead_pct_{name}": 100 * part / entries for name, part in parts.items()}
+    whole = 100 * sum(parts.values()) / entries
+    return {"overhead_pct": whole, **percent, "entry_bytes": entries / len(sizes)}
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(directory: Path, *, quick: bool) -> tuple[dict[str, object], dict[str, object]]:
+    """Run all questions and return figures and details."""
     write_key(directory / "key", "bench.invalid/key")
     signer = SignerClient.start(directory / "key", state=directory / "state")
+    vault = Vault.open(directory / "vault.key")
     scale = 1 if quick else 5
-    with TraceWriter.open(directory / "trace", signer=signer) as writer:
-        volatile(writer, 2)  # warm up
-        calls = volatile(writer, 12 * scale)
-        mean = saturated(writer, 1000 * scale)
-        ours, raw = durable(writer, directory, 200 * scale)
-        rate = crowd(writer, 64, 40 * scale)
-    signer.close()
-    deciles = statistics.quantiles(calls, n=10)
-    return {
-        "volatile_us": round(statistics.median(calls), 1),
-        "volatile_us_p10_p90": [round(deciles[0], 1), round(deciles[-1], 1)],
-        "saturated_us": round(mean, 1),
-        "durable_us": round(statistics.median(ours), 1),
-        "fdatasync_us": round(statistics.median(raw), 1),
-        "durable_vs_fdatasync": round(statistics.median(ours) / statistics.median(raw), 2),
-        "durable_entries_per_s_64": round(rate),
-        "overhead_pct": round(overhead(directory / "trace"), 1),
-        "versions": {
-            "python": platform.python_version(),
-            "msgspec": msgspec.__version__,
-            "cryptography": cryptography.__version__,
-        },
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release()},
+    peers = {
+        "attestroot": trace_peers.attestroot(directory),
+        "agentmesh": trace_peers.agentmesh(directory),
+        "signed_events": trace_peers.signed_events(directory),
     }
+    with (
+        TraceWriter.open(directory / "trace", signer=signer) as writer,
+        TraceWriter.open(directory / "sealed", signer=signer, vault=vault) as sealed,
+    ):
+        recording = Recording(writer)
+        calls = volatile(recording, Recording(sealed), peers, 10 * scale)
+        mean = saturated(recording, 1000 * scale)
+        disk = durable(recording, directory, 60 * scale)
+        threads = [crowd(writer, 64, 40 * scale) for _ in range(3)]
+        tasks = [crowd_of_tasks(writer, 64, 40 * scale) for _ in range(3)]
+    with TraceWriter.open(directory / "usual", signer=signer) as writer:
+        recording = Recording(writer)
+        for number in range(1000 * scale):
+            recording.whole(made(f"c{number}", program=number % 2 == 1))
+    signer.close()
+    price = statistics.median(disk["fdatasync"])
+    spare = overhead(directory / "usual")
+    ours = {f"{name}_us": _median(calls[name]) for name in calls if name not in peers}
+    figures: dict[str, object] = {
+        **ours,
+        "saturated_us": round(mean, 1),
+        "durable_vs_fdatasync": round(statistics.median(disk["durable"]) / price, 2),
+        "judged_vs_fdatasync": round(statistics.median(disk["judged"]) / price, 2),
+        "signed_vs_fdatasync": round(statistics.median(disk["signed"]) / price, 2),
+        "durable_entries_per_s_64": round(statistics.median(threads)),
+        "durable_entries_per_s_64_tasks": round(statistics.median(tasks)),
+        **{name: round(value, 1) for name, value in spare.items()},
+        **{f"{name}_us": _median(calls[name]) for name in peers},
+    }
+    details: dict[str, object] = {
+        **{f"{name}_us": harness.spread(calls[name], scale=1) for name in calls},
+        **{f"{name}_us": harness.spread(disk[name], scale=1) for name in disk},
+        "entries_per_s_64": [round(one) for one in threads],
+        "entries_per_s_64_tasks": [round(one) for one in tasks],
+        "versions": {
+            name: version(name)
+            for name in ("msgspec", "cryptography", "attestroot", "agentmesh-mcp-receipts")
+        },
+    }
+    return figures, details
+
+
+def _median(samples: list[float]) -> float:
+    return round(statistics.median(samples), 1)
 
 
 def main() -> int:
     """Print one line per number; with --json, one object as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few seconds, wider spread")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--directory", type=Path, help="where to write; decides which disk")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        numbers = measure(Path(scratch), quick=options.quick)
-    for name, value in numbers.items():
-        print(f"{name:26} {value}")
-    if options.json:
-        print(json.dumps(numbers))
+    chosen = harness.options(__doc__)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SAFECONDUCT_BENCH_DIRECTORY")) as scratch:
+        figures, details = measure(Path(scratch), quick=chosen.quick)
+    harness.finish(__doc__ or "", figures, details, chosen)
     return 0
 
 

@@ -21,12 +21,14 @@ from .load import (
     parse_policy,
     read_policy_file,
 )
+from .observing import as_observed
 from .paths import Resolved
 from .preset import PRESETS, read_preset
 from .protected import PROTECTED, is_protected
 from .rules import Judged, Policy, Role, Rule, Server
 from .schema import policy_schema
 from .signatures import BUILT_IN, Argument, Kind, Signature
+from .spelling import unspelled
 from .trust import TrustStore, state_folder
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Server",
     "Signature",
     "TrustStore",
+    "as_observed",
     "attenuate",
     "beside",
     "both",
@@ -79,4 +82,5 @@ __all__ = [
     "require_passing",
     "resolve_policy",
     "state_folder",
+    "unspelled",
 ]

@@ -42,6 +42,10 @@ def smallest_grant(document: Document, signature: Signature | None) -> str:
             # No rule can name it, so it is one of the rest.
             named[REST] = "any"
             continue
+        if document.unfit is not None and name in document.unfit:
+            # No form takes it, so nothing less lets it pass.
+            named[name] = "any"
+            continue
         argument = found.arguments.get(name)
         kind = argument.kind if argument else Kind.SCALAR
         words = _words(kind, value, document.workspace)

@@ -15,6 +15,7 @@ from .profiles import compile_profiles
 from .roles import compile_roles, compile_servers
 from .rules import Policy
 from .syntax import Source
+from .trace_compilation import compile_trace
 
 DEFAULT_PROFILE: Final = "base"
 
@@ -48,6 +49,7 @@ def assemble(
         wildcards=wildcards,
         roles=compile_roles(spec.roles, source, rules),
         servers=servers,
+        trace=compile_trace(spec.trace, source),
         default_profile=profiles.get(DEFAULT_PROFILE, default),
         profile_positions=dict.fromkeys(profiles, extends) | own,
     )

@@ -5,37 +5,50 @@ whose every argument they name (or that the signature leaves free); ask and deny
 every Call whose named arguments match, whatever else it carries, so that an extra argument
 never slips past a deny. A list under a matcher that takes one value grants only if all of
 its elements match and restricts if any does. A `when` that cannot be judged is a doubt: it
-grants nothing, and restricts.
+grants nothing, and restricts. So is a value that is not of the kind that a matcher judges. That
+is the matcher's own word and never that of other rules, or one rule less could allow more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Final, TypeGuard
+from typing import Final, TypeAlias, TypeGuard
 
 from safeconduct.call import Bound, Effect, Json
 
 from .index import RuleIndex, index_rules
+from .kinds import KindConflict, implied_by
 from .match import AnyValue, Argv, Matcher
-from .signatures import BUILT_IN, PROGRAMS, Argument, Kind, Signature, merge_kinds
+from .signatures import AMBIGUOUS, BUILT_IN, MAX_LIST, NO_TEXT, PROGRAMS, Signature, fits
 from .syntax import Position
 from .when.condition import When, WhenError
 from .wildcards import ToolPattern, is_ours
 
+__all__ = [
+    "KindConflict",
+    "Rule",
+    "ToolRules",
+    "Unfit",
+    "Wildcard",
+    "holds_all",
+    "holds_any",
+    "implied_by",
+    "join_rules",
+    "takes_lists",
+]
+
 _TAKE_LISTS: Final = (AnyValue, Argv)
-# What is a path or a URL for us is one that the tool itself opens.
-_TOOL_KIND: Final[Mapping[Kind, Kind]] = MappingProxyType(
-    {Kind.PATH: Kind.TOOL_PATH, Kind.URL: Kind.TOOL_URL}
-)
+# The arguments of a Call that are not what rules take them for (`Document.unfit`).
+Unfit: TypeAlias = Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """One compiled rule. ``matchers`` is None for `any`; ``where`` is `file:line`.
 
-    ``tool`` is as written, with its wildcards. ``bounds`` are what the Calls it grants may use.
+    ``tool`` is as written, with its wildcards. ``bounds`` are what the Calls it grants may use,
+    and ``irreversible`` ones are recorded and signed before they run.
     ``restricting`` are the matchers of an ask in the sense of a restriction, where it differs:
     it grants only what surely is meant, and asks about whatever may be. ``optional`` are
     arguments that the rule as written may find absent: it was compiled to several rules of one
@@ -53,6 +66,7 @@ class Rule:
     profile: str | None = None
     when: When | None = None
     bounds: tuple[Bound, ...] = ()
+    irreversible: bool = False
     file: str = ""
     position: Position = field(default=Position(0, 0))
 
@@ -61,29 +75,68 @@ class Rule:
         """Say where the rule stands."""
         return f"{self.file}:{self.position.line}"
 
-    def grants(self, arguments: Mapping[str, Json], signature: Signature, workspace: str) -> bool:
-        """Tell whether the rule covers every argument of the Call."""
-        if self.matchers is None:
-            return True
-        for name, matcher in self.matchers.items():
-            if name not in arguments or not holds_all(matcher, arguments[name]):
-                return False
-        if self.rest:
-            return True
-        for name, value in arguments.items():
-            if name not in self.matchers and not signature.may_be_unnamed(name, value, workspace):
-                return False
-        return True
+    @property
+    def names(self) -> Iterable[str]:
+        """The arguments that its matchers name."""
+        return self.matchers or ()
 
-    def restricts(self, arguments: Mapping[str, Json]) -> bool:
+    @property
+    def reads(self) -> frozenset[str]:
+        """The arguments that its `when` asks for as they are, as no matcher of it says what."""
+        if self.when is None:
+            return frozenset()
+        asked = self.when.arguments.difference(self.optional)
+        return frozenset(name for name in asked if not self._judges(name))
+
+    def grants(
+        self,
+        arguments: Mapping[str, Json],
+        signature: Signature,
+        workspace: str,
+        unfit: Unfit | None = None,
+    ) -> bool:
+        """Tell whether the rule covers every argument of the Call."""
+        matchers = self.matchers
+        if matchers is None:
+            return True
+        matched = 0
+        for name, value in arguments.items():
+            matcher = matchers.get(name)
+            if matcher is None:
+                if self.rest or signature.may_be_unnamed(name, value, workspace):
+                    continue
+                return False
+            # The first is what holds_all says of a text, and of an argv.
+            plain = type(value) is str or type(matcher) is Argv
+            if not (matcher.matches(value) if plain else holds_all(matcher, value)):
+                return False
+            matched += 1
+        if matched != len(matchers):
+            return False
+        return unfit is None or not any(map(self._judges, unfit))
+
+    def restricts(self, arguments: Mapping[str, Json], unfit: Unfit | None = None) -> bool:
         """Tell whether the arguments that the rule names match, whatever the others are."""
         matchers = self.restricting or self.matchers
         if matchers is None:
             return True
         for name, matcher in matchers.items():
+            if unfit is not None and name in unfit:
+                continue
             if name not in arguments or not holds_any(matcher, arguments[name]):
                 return False
         return True
+
+    def _asks_for(self, name: str, unfit: Unfit) -> bool:
+        """Tell whether `when` names an argument that is not what this rule takes it for."""
+        if self.when is None or name not in self.when.arguments:
+            return False
+        return self._judges(name) or name in self.optional or unfit[name][0] == AMBIGUOUS
+
+    def _judges(self, name: str) -> bool:
+        """Tell whether the rule says more of an argument than that it may be anything."""
+        matcher = (self.matchers or {}).get(name)
+        return matcher is not None and not isinstance(matcher, AnyValue)
 
     def unnamed(
         self, arguments: Mapping[str, Json], signature: Signature, workspace: str
@@ -98,10 +151,12 @@ class Rule:
             if name not in named and not signature.may_be_unnamed(name, value, workspace)
         ]
 
-    def holds(self, facts: Mapping[str, Json]) -> bool | None:
+    def holds(self, facts: Mapping[str, Json], unfit: Unfit | None = None) -> bool | None:
         """Tell whether `when` holds; None where it cannot be judged."""
         if self.when is None:
             return True
+        if unfit is not None and any(self._asks_for(name, unfit) for name in unfit):
+            return None
         try:
             return self.when.holds(facts)
         except WhenError:
@@ -113,17 +168,21 @@ def holds_all(matcher: Matcher, value: Json) -> bool:
     if type(value) is str:
         return matcher.matches(value)
     if _is_list(value) and not takes_lists(matcher):
-        return len(value) > 0 and all(matcher.matches(item) for item in value)
+        return 0 < len(value) <= MAX_LIST and all(matcher.matches(item) for item in value)
     return matcher.matches(value)
 
 
 def holds_any(matcher: Matcher, value: Json) -> bool:
-    """Match a value, or some element of a list."""
+    """Match a value, or some element of a list; what a matcher cannot judge counts as matched."""
     if type(value) is str:
-        return matcher.matches(value)
+        return matcher.matches(value) or matcher.kind in NO_TEXT
     if _is_list(value) and not takes_lists(matcher):
-        return any(matcher.matches(item) for item in value)
-    return matcher.matches(value)
+        return len(value) > MAX_LIST or any(_may_match(matcher, item) for item in value)
+    return _may_match(matcher, value)
+
+
+def _may_match(matcher: Matcher, value: Json) -> bool:
+    return matcher.matches(value) or not fits(matcher.kind, value)
 
 
 def takes_lists(matcher: Matcher) -> bool:
@@ -146,21 +205,29 @@ class ToolRules:
     deny: tuple[Rule, ...] = ()
     # Derived from the rules; several where the rules of wildcards come to those of a name.
     indexes: tuple[RuleIndex, ...] = field(default=(), compare=False, repr=False)
+    # The one there is, which nearly all tools have.
+    index: RuleIndex | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         indexed = {id(rule) for index in self.indexes for rule in index.rules}
         # A copy with other rules (`replace`) must not keep the index of the old ones.
         if not self.indexes or indexed != {id(rule) for rule in self.all}:
             object.__setattr__(self, "indexes", (index_rules(self.all),))
+        index = self.indexes[0] if len(self.indexes) == 1 else None
+        object.__setattr__(self, "index", index)
 
     @property
     def all(self) -> tuple[Rule, ...]:
         """Return every rule: deny first, as they are judged."""
         return self.deny + self.ask + self.allow
 
-    def candidates(self, arguments: Mapping[str, Json]) -> Sequence[Rule]:
+    def candidates(
+        self, arguments: Mapping[str, Json], unfit: Unfit | None = None
+    ) -> Sequence[Rule]:
         """Return every rule that may match these arguments, and few others."""
         indexes = self.indexes
+        if unfit is not None:
+            return [rule for index in indexes for rule in index.rules]
         if len(indexes) == 1:
             return indexes[0].candidates(arguments)
         return [rule for index in indexes for rule in index.candidates(arguments)]
@@ -216,39 +283,3 @@ def join_rules(
         return None
     built_in = BUILT_IN.get(tool)
     return replace(joined, signature=built_in or implied_by(tool, joined.all))
-
-
-def implied_by(tool: str, rules: Sequence[Rule]) -> Signature:
-    """Return the signature of a tool that is not ours: what the matchers of its rules imply.
-
-    Raise KindConflict where one argument would have to be two things.
-    """
-    kinds: dict[str, tuple[Kind, Rule]] = {}
-    # Also what may be anything is known by its name: no other spelling of it passes for another.
-    named: dict[str, Kind] = {}
-    for rule in rules:
-        for name, matcher in (rule.matchers or {}).items():
-            if isinstance(matcher, AnyValue):
-                named[name] = Kind.JSON
-                continue
-            kind = _TOOL_KIND.get(matcher.kind, matcher.kind)
-            known, first = kinds.get(name, (kind, rule))
-            merged = merge_kinds(known, kind)
-            if merged is None:
-                raise KindConflict(tool, name, rule, kind, first, known)
-            kinds[name] = (merged, first)
-    named |= {name: kind for name, (kind, _) in kinds.items()}
-    return Signature(
-        arguments={name: Argument(kind=kind, required=False) for name, kind in named.items()},
-        closed=False,
-    )
-
-
-class KindConflict(ValueError):
-    """Two rules take one argument of a tool for two things."""
-
-    def __init__(
-        self, tool: str, name: str, rule: Rule, kind: Kind, first: Rule, known: Kind
-    ) -> None:
-        super().__init__(f"{tool}: {name!r} is a {kind} here and a {known} at {first.where}")
-        self.rule = rule

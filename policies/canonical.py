@@ -16,24 +16,27 @@ from safeconduct.call import Call, Document, Json
 from safeconduct.errors import Denied
 
 from .arguments import MAX_INTEGER, copy_json
-from .hosts import canonical_email, canonical_host
 from .paths import PathResolver, Resolved, check_holds, show
 from .resources import canonical_resources
 from .rules import Judged
 from .shell.commands import parts_of
 from .shell.paths import resolve_text, take_text
-from .signatures import BUILT_IN, WORKSPACE_DEFAULT, Argument, Holds, Kind, Signature
-from .urls import UrlRefused, canonical_url
+from .signatures import (
+    BUILT_IN,
+    MAX_LIST,
+    WORKSPACE_DEFAULT,
+    Argument,
+    Holds,
+    Kind,
+    Signature,
+)
+from .spelling import bad_argument, open_document, spell_url, take_argv, take_text_value
 from .wildcards import is_ours
 
 MAX_TOOL_CHARACTERS: Final = 128
 MAX_ARGUMENTS: Final = 64
-MAX_ARGV: Final = 1024
-MAX_LIST: Final = 1024
-# The kernel's own bound on one argument string (MAX_ARG_STRLEN).
-MAX_ARGV_BYTES: Final = 128 << 10
 _TOOL = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
-_PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
+_PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH})
 _INT64: Final = range(-(1 << 63), 1 << 63)
 
 
@@ -88,19 +91,19 @@ def canonicalize(policy: Judged, call: Call, *, unknown: Signature | None = None
     in_text = signature.as_text is not None and "command" in call.arguments
     given = _plain_arguments(signature.as_text or signature if in_text else signature, call)
     text = take_text(given) if in_text else None
+    if not signature.closed:
+        return Canonical(open_document(policy.workspace, call.tool, signature, given), {})
     descriptors: dict[str, Resolved] = {}
     values: dict[str, Json] = {}
     resolver: PathResolver | None = None
     try:
         for name, value in given.items():
-            argument = signature.arguments.get(name)
-            if argument is None:
-                values[name] = value
-            elif argument.kind in _PATHS:
+            argument = signature.arguments[name]
+            if argument.kind in _PATHS:
                 resolver = resolver or PathResolver(policy.workspace)
                 values[name] = _path(resolver, name, argument, value, descriptors)
             else:
-                values[name] = _value(name, argument, value, many=not signature.closed)
+                values[name] = _value(name, argument, value)
         if text is not None:
             resolver = resolver or PathResolver(policy.workspace)
             folder = str(values.get("cwd", policy.workspace))
@@ -157,27 +160,12 @@ def _plain_arguments(signature: Signature, call: Call) -> dict[str, Json]:
             message = f"{call.tool} takes no argument {show(name)}"
             raise Denied(message, code="call.extra_argument")
         if len(name) > MAX_TOOL_CHARACTERS:
-            raise _bad(name, "an argument with a shorter name")
-    if not signature.closed and not given.keys() <= signature.arguments.keys():
-        _refuse_alike(given, signature)
+            raise bad_argument(name, "an argument with a shorter name")
     for name, argument in signature.arguments.items():
         if argument.required and name not in given:
             message = f"{call.tool} needs the argument {name}"
             raise Denied(message, code="call.missing_argument")
     return given
-
-
-def _refuse_alike(given: Mapping[str, Json], signature: Signature) -> None:
-    """Refuse a name that differs only in case from another one, or from one that rules judge.
-
-    Go's encoding/json takes `Path` for `path` (https://pkg.go.dev/encoding/json#Unmarshal), so a
-    server would use what no rule has looked at.
-    """
-    names = {name.casefold(): name for name in signature.arguments}
-    for name in given:
-        if names.setdefault(name.casefold(), name) != name:
-            message = f"a tool may take {show(name)} for an argument of another name"
-            raise Denied(message, code="call.ambiguous_argument")
 
 
 def _largest_integer(signature: Signature) -> int:
@@ -198,21 +186,9 @@ def _fill_defaults(
     return {name: values[name] for name in sorted(values)} if len(values) > 1 else values
 
 
-def _value(name: str, argument: Argument, value: Json, *, many: bool) -> Json:
-    check = _EACH.get(argument.kind)
-    if check is not None:
-        return _each(name, value, check, many=many)
-    whole = _WHOLE.get(argument.kind)
-    return value if whole is None else whole(name, value)
-
-
-def _each(name: str, value: Json, check: Callable[[str, Json], Json], *, many: bool) -> Json:
-    """Check one value, or where the tool is not ours, every value of a flat list."""
-    if not many or not isinstance(value, list):
-        return check(name, value)
-    if len(value) > MAX_LIST:
-        raise _bad(name, f"a list of at most {MAX_LIST} values")
-    return [check(name, item) for item in value]
+def _value(name: str, argument: Argument, value: Json) -> Json:
+    check = _CHECKS.get(argument.kind)
+    return value if check is None else check(name, value)
 
 
 def _path(
@@ -222,9 +198,7 @@ def _path(
     value: Json,
     descriptors: dict[str, Resolved],
 ) -> Json:
-    if argument.kind is Kind.TOOL_PATH:
-        return _each(name, value, lambda at, item: resolver.of_tool(_text(at, item)), many=True)
-    text = _text(name, value)
+    text = take_text_value(name, value)
     new = argument.kind is Kind.NEW_PATH
     resolved = resolver.new(text) if new else resolver.existing(text)
     descriptors[name] = resolved
@@ -233,83 +207,20 @@ def _path(
     return resolved.path
 
 
-def _url(name: str, value: Json) -> str:
-    return _spelled(name, value, canonical_url)
-
-
-def _host(name: str, value: Json) -> str:
-    return _spelled(name, value, canonical_host)
-
-
-def _email(name: str, value: Json) -> str:
-    return _spelled(name, value, canonical_email)
-
-
-def _spelled(name: str, value: Json, spell: Callable[[str], str]) -> str:
-    try:
-        return spell(_text(name, value))
-    except UrlRefused as error:
-        raise Denied(f"{name}: {error}", code=error.code) from error
-
-
-def _text(name: str, value: Json) -> str:
-    if not isinstance(value, str):
-        raise _bad(name, "a text")
-    return value
-
-
-def _number(name: str, value: Json) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad(name, "a number")
-    return value
-
-
-def _scalar(name: str, value: Json) -> Json:
-    if isinstance(value, (list, dict)):
-        raise _bad(name, "one value")
-    return value
-
-
-def _argv(name: str, value: Json) -> list[Json]:
-    if not isinstance(value, list) or not 0 < len(value) <= MAX_ARGV:
-        raise _bad(name, f"a list of 1 to {MAX_ARGV} texts")
-    for word in value:
-        if not isinstance(word, str) or "\0" in word or _is_long(word):
-            raise _bad(name, "a list of texts without NUL")
-    if value[0] == "":
-        raise _bad(name, "a list that begins with a program")
-    return value
-
-
-def _is_long(word: str) -> bool:
-    # A character has at most four bytes, so most words need not be encoded.
-    return len(word) * 4 >= MAX_ARGV_BYTES and len(word.encode()) >= MAX_ARGV_BYTES
-
-
 def _integers(name: str, value: Json) -> list[Json]:
     if not isinstance(value, list) or len(value) > MAX_LIST:
-        raise _bad(name, f"a list of at most {MAX_LIST} integers")
+        raise bad_argument(name, f"a list of at most {MAX_LIST} integers")
     if not all(type(item) is int and item in _INT64 for item in value):
-        raise _bad(name, "a list of 64-bit integers")
+        raise bad_argument(name, "a list of 64-bit integers")
     return value
 
 
-def _bad(name: str, expected: str) -> Denied:
-    return Denied(f"{show(name)} must be {expected}", code="call.bad_argument")
-
-
-# What each value of a flat list must be, or a value alone; and what only the whole can be.
-_EACH: Final[Mapping[Kind, Callable[[str, Json], Json]]] = MappingProxyType(
+_CHECKS: Final[Mapping[Kind, Callable[[str, Json], Json]]] = MappingProxyType(
     {
-        Kind.URL: _url,
-        Kind.TOOL_URL: _url,
-        Kind.HOST: _host,
-        Kind.EMAIL: _email,
-        Kind.TEXT: _text,
-        Kind.NUMBER: _number,
-        Kind.SCALAR: _scalar,
+        Kind.URL: spell_url,
+        Kind.TEXT: take_text_value,
+        Kind.ARGV: take_argv,
+        Kind.INTEGERS: _integers,
+        Kind.RESOURCES: canonical_resources,
     }
-)
-_WHOLE: Final[Mapping[Kind, Callable[[str, Json], Json]]] = MappingProxyType(
-    {Kind.ARGV: _argv, Kind.INTEGERS: _integers, Kind.RESOURCES: canonical_resources}
 )

@@ -14,11 +14,12 @@ from types import MappingProxyType
 from safeconduct.call import Limits, Profile, Tier, WorkspaceMode
 from safeconduct.errors import Denied, PolicyError
 
-from .binding import KindConflict, implied_by
+from .binding import KindConflict, Wildcard, implied_by
 from .files import join_versions
 from .language import did_you_mean
 from .rules import MAX_NAMES, Judged, Policy, Rule, Server
-from .signatures import BUILT_IN, Argument, Signature, merge_kinds
+from .signatures import BUILT_IN, SPELLED, Argument, Signature, merge_kinds
+from .trace_terms import TraceTerms, join_terms
 
 
 def narrow_profiles(one: Profile, other: Profile) -> Profile:
@@ -90,6 +91,7 @@ class NarrowedPolicy:
 
     parts: tuple[Policy, ...]
     servers: Mapping[str, Server]
+    trace: TraceTerms
     # What signature found. It only remembers.
     _signatures: dict[str, Signature | None] = field(
         default_factory=dict[str, "Signature | None"], init=False, repr=False, compare=False
@@ -136,13 +138,15 @@ class NarrowedPolicy:
         return MappingProxyType(dict(common))
 
     def signature(self, tool: str) -> Signature | None:
-        """Return the signature of a tool that the first policy speaks of."""
+        """Return the signature of a tool that any of the policies speaks of."""
         try:
             return self._signatures[tool]
         except KeyError:
             found = self.parts[0].signature(tool)
-            if found is not None and not found.closed:
-                found = implied_by(tool, _rules_of(self.parts, tool))
+            rules = () if tool in BUILT_IN else _rules_of(self.parts, tool)
+            if rules:
+                # Of whichever part: what is spelled for none of them slips past the deny of one.
+                found = implied_by(tool, rules)
             if len(self._signatures) >= MAX_NAMES:
                 self._signatures.clear()
             self._signatures[tool] = found
@@ -169,16 +173,19 @@ def both(
     """Join a policy with one that may only narrow it, for example a project's own.
 
     Unless ``servers`` are given they are those of the first: what narrows may be anybody's, and
-    names no command to run. PolicyError where they are for two workspaces or take one argument
-    for two things.
+    names no command to run, nobody to send checkpoints to and nothing to erase. PolicyError where
+    they are for two workspaces or take one argument for two things.
     """
     chosen = policy.servers if servers is None else servers
-    return narrowed((*policy.parts, *narrowing.parts), servers=chosen)
+    trace = join_terms(policy.trace, narrowing.trace, operators=servers is not None)
+    return narrowed((*policy.parts, *narrowing.parts), servers=chosen, trace=trace)
 
 
-def narrowed(parts: Sequence[Policy], *, servers: Mapping[str, Server]) -> NarrowedPolicy:
+def narrowed(
+    parts: Sequence[Policy], *, servers: Mapping[str, Server], trace: TraceTerms
+) -> NarrowedPolicy:
     """Join policies of one workspace, the widest first; PolicyError where they do not fit."""
-    joined = NarrowedPolicy(parts=tuple(parts), servers=servers)
+    joined = NarrowedPolicy(parts=tuple(parts), servers=servers, trace=trace)
     first = parts[0]
     for part in parts[1:]:
         if part.workspace != first.workspace:
@@ -204,7 +211,8 @@ def check_kinds(parts: Sequence[Policy]) -> None:
             for item in part.wildcards
         ]
         for (one, mine), (other, theirs) in itertools.combinations(wildcards, 2):
-            if _clash(mine, theirs) and one.pattern.overlaps(other.pattern.pattern):
+            clash = _clash(mine, theirs) or _reads(one, theirs) or _reads(other, mine)
+            if clash and one.pattern.overlaps(other.pattern.pattern):
                 implied_by(one.pattern.pattern, one.all + other.all)
     except KindConflict as error:
         raise PolicyError(
@@ -212,7 +220,7 @@ def check_kinds(parts: Sequence[Policy]) -> None:
             file=error.rule.file,
             line=error.rule.position.line,
             column=error.rule.position.column,
-            hint="use the same matcher for the argument in all rules that the tool meets",
+            hint=error.hint,
         ) from error
 
 
@@ -220,6 +228,15 @@ def _clash(mine: Mapping[str, Argument], theirs: Mapping[str, Argument]) -> bool
     return any(
         merge_kinds(mine[name].kind, theirs[name].kind) is None
         for name in mine.keys() & theirs.keys()
+    )
+
+
+def _reads(wildcard: Wildcard, theirs: Mapping[str, Argument]) -> bool:
+    """Tell whether a `when` asks for what other rules say has several spellings."""
+    return any(
+        name in theirs and theirs[name].kind in SPELLED
+        for rule in wildcard.all
+        for name in rule.reads
     )
 
 
@@ -239,7 +256,9 @@ def judged_in_role(judged: Judged, name: str | None) -> Judged:
     if not any(part.roles for part in judged.parts):
         raise _unknown_role(judged.parts[-1], name)
     parts = [step for part in judged.parts for step in _in_role(part, name)]
-    return parts[0] if len(parts) == 1 else narrowed(parts, servers=judged.servers)
+    if len(parts) == 1:
+        return parts[0]
+    return narrowed(parts, servers=judged.servers, trace=judged.trace)
 
 
 def _in_role(part: Policy, name: str) -> list[Policy]:

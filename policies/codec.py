@@ -17,6 +17,7 @@ import msgspec
 
 from safeconduct.call import (
     Bound,
+    Durability,
     Effect,
     Enforcement,
     Engine,
@@ -35,6 +36,7 @@ from .globs import Glob
 from .rules import Policy, Role, Server
 from .signatures import Argument, Holds, Kind, Signature
 from .syntax import Position
+from .trace_terms import TraceTerms, Witnesses
 from .when.condition import When, compile_when
 from .wildcards import ToolPattern
 
@@ -43,6 +45,7 @@ MAX_VALUES: Final = 1_000_000
 
 TYPES: Final[tuple[type[Any], ...]] = (
     *(Bound, Effect, Enforcement, Engine, Limits, Per, Profile, Tier, Unit, WorkspaceMode),
+    *(Durability, TraceTerms, Witnesses),
     *(Policy, Role, Server, Rule, ToolRules, Wildcard, ToolPattern),
     *(Argument, Holds, Kind, Signature, Glob, urls.UrlPattern),
     *(hosts.HostPattern, hosts.EmailPattern),

@@ -75,8 +75,8 @@ class Rules:
         try:
             implied = signature or implied_by(tool, rules)
         except KindConflict as error:
-            hint = "use the same matcher for the argument in all rules of the tool"
-            raise self._source.error(error.rule.position, str(error), hint=hint) from error
+            position = error.rule.position
+            raise self._source.error(position, str(error), hint=error.hint) from error
         return ToolRules(
             signature=implied,
             allow=_with(Effect.ALLOW, rules),
@@ -142,6 +142,7 @@ class Rules:
             profile=spec.profile,
             when=self._when(spec.when, signature, (*loc, "when")),
             bounds=compile_bounds(identity, spec.rate, self._budget(spec, loc)),
+            irreversible=spec.irreversible,
             file=self._source.name,
             position=self._source.node(loc).position,
         )

@@ -12,22 +12,40 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
-from safeconduct.call import Bound, Decision, Document, Effect, Enforcement, Facts, Json, Profile
+from safeconduct.call import (
+    Bound,
+    Decision,
+    Document,
+    Durability,
+    Effect,
+    Facts,
+    Json,
+    Profile,
+)
 from safeconduct.errors import Denied
 
-from .advice import smallest_grant
+from .binding import Unfit
 from .capability import narrow_profiles
-from .globs import hidden_by, hides_folder
+from .hiding import hides
 from .protected import is_protected
+from .refusal import (
+    denied_as,
+    denied_by,
+    enforcement_of,
+    ids_of,
+    not_granted,
+    places_of,
+    said_of,
+)
 from .rules import MAX_DECIDED, Judged, Policy, Rule, ToolRules
 from .shell.commands import holds_commands, judge_commands
-from .signatures import BUILT_IN, Kind, Signature
+from .signatures import BUILT_IN, Signature
+from .trace_terms import most_durable
 from .when.condition import when_facts
 
 _SEVERITY = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 # Bound once: each look-up of a member of an enumeration takes as long as a comparison.
 _ALLOW, _DENY = Effect.ALLOW, Effect.DENY
-_PATHS = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
 
 # Nothing is known but the Document: a `when` that asks for more cannot be judged.
 NO_FACTS: Final = Facts()
@@ -41,9 +59,8 @@ def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decis
     try:
         if "commands" in document.arguments and holds_commands(document):
             return judge_commands(policy, document, lambda one: _decide(policy, one, facts))
-        parts = policy.parts
-        if len(parts) == 1:
-            return _judge(parts[0], document, facts)
+        if type(policy) is Policy:
+            return _judge(policy, document, facts)
         return _decide(policy, document, facts)
     except Exception as error:
         # Fail closed: a bug of ours must never allow.
@@ -52,7 +69,7 @@ def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decis
             policy=policy.version,
             code="policy.error",
             reason="Denied: the call could not be judged.",
-            advice=f"this is a bug of ours, please report it: {type(error).__name__}",
+            advises=f"this is a bug of ours, please report it: {type(error).__name__}",
         )
 
 
@@ -61,6 +78,16 @@ def _decide(policy: Judged, document: Document, facts: Facts) -> Decision:
     if len(verdicts) == 1:
         return verdicts[0]
     return _strictest(policy, document, verdicts)
+
+
+def shown_grants(policy: Policy, document: Document, facts: Facts) -> list[Rule]:
+    """Return the rules of one policy that grant a Call which their own profile does not hide."""
+    tool = policy.rules_of(document.tool)
+    if tool is None:
+        return []
+    candidates = tool.candidates(document.arguments, document.unfit)
+    _, granting, _ = _sort(policy, tool, document, facts, candidates)
+    return _shown(policy, document, tool.signature, granting)
 
 
 class Known:
@@ -74,11 +101,16 @@ class Known:
 
     def surely_holds(self, rule: Rule) -> bool:
         """Tell whether the rule has no `when`, or one that holds."""
-        return rule.when is None or rule.holds(self.named) is True
+        return rule.when is None or rule.holds(self.named, self._document.unfit) is True
 
     def may_hold(self, rule: Rule) -> bool:
         """Tell whether the rule has no `when`, or one that holds or cannot be judged."""
-        return rule.when is None or rule.holds(self.named) is not False
+        return rule.when is None or rule.holds(self.named, self._document.unfit) is not False
+
+    @property
+    def unfit(self) -> Unfit | None:
+        """The arguments that are not what the rules take them for."""
+        return self._document.unfit
 
     @property
     def named(self) -> Mapping[str, Json]:
@@ -95,17 +127,19 @@ def _strictest(policy: Judged, document: Document, verdicts: Sequence[Decision])
         return replace(worst, policy=policy.version)
     profile = _narrow(verdict.profile for verdict in verdicts if verdict.profile)
     if isinstance(profile, Denied):
-        return _denied(policy, document, profile.code, profile.message)
+        return denied_as(policy, document, profile.code, profile.message)
     return replace(
         worst,
         policy=policy.version,
         rules=tuple(rule for verdict in verdicts for rule in verdict.rules),
         profile=profile,
-        obligations=_counted_apart(verdict.obligations for verdict in verdicts),
+        obligations=counted_apart(verdict.obligations for verdict in verdicts),
+        durability=most_durable(verdict.durability for verdict in verdicts),
+        irreversible=any(verdict.irreversible for verdict in verdicts),
     )
 
 
-def _counted_apart(obligations: Iterable[tuple[Bound, ...]]) -> tuple[Bound, ...]:
+def counted_apart(obligations: Iterable[tuple[Bound, ...]]) -> tuple[Bound, ...]:
     """Join the obligations of several parts; two files may use one rule id for two rules."""
     return tuple(
         replace(bound, id=f"{part}/{bound.id}") if part else bound
@@ -115,44 +149,113 @@ def _counted_apart(obligations: Iterable[tuple[Bound, ...]]) -> tuple[Bound, ...
 
 
 def _judge(policy: Policy, document: Document, facts: Facts) -> Decision:
-    """Judge by one policy."""
-    if document.workspace != policy.workspace:
-        return _denied(policy, document, "policy.workspace", "it is for another workspace")
-    tool = policy.rules_of(document.tool)
-    if tool is None:
-        return _not_granted(policy, document, BUILT_IN.get(document.tool))
-    arguments, signature = document.arguments, tool.signature
-    denying, granting, asking = _sort(policy, tool, document, facts)
-    if denying:
-        return _remembered(policy, document, denying, _denied_by)
-    for name in signature.writes:
-        if is_protected(str(arguments.get(name, ""))):
-            return _denied(policy, document, "path.protected", "this file decides what runs later")
-    if not granting:
-        return _not_granted(policy, document, signature)
-    if not asking:
-        decision = _remembered(policy, document, granting, _allowed)
+    """Judge by one policy.
+
+    What nearly every Call that is allowed meets is one rule: that is judged here, as `_judge_all`
+    would.
+    """
+    name = document.tool
+    tool = policy.rules_of(name) if policy.wildcards else policy.tools.get(name)
+    if tool is None or document.workspace != policy.workspace:
+        return _not_judged(policy, document)
+    arguments, unfit, index = document.arguments, document.unfit, tool.index
+    if index is not None and unfit is None:
+        candidates = index.candidates(arguments)
     else:
-        # Those that ask decide, with a grant if they are none themselves.
-        granted_by = {rule.id for rule in granting}
-        own = any(rule.id in granted_by for rule in asking)
-        decision = _remembered(policy, document, asking if own else asking + granting, _asked)
+        candidates = tool.candidates(arguments, unfit)
+    signature = tool.signature
+    if len(candidates) != 1 or signature.writes:
+        return _judge_all(policy, tool, document, facts, candidates)
+    rule = candidates[0]
+    if rule.effect is not _ALLOW or rule.when is not None:
+        return _judge_all(policy, tool, document, facts, candidates)
+    if not rule.grants(arguments, signature, policy.workspace, unfit):
+        return not_granted(policy, document, signature)
+    decision = policy.decided.get((name, rule.id, _allowed))
+    if decision is None:
+        decision = _remembered(policy, document, (rule,), _allowed)
     profile = decision.profile
-    if profile and profile.hide and _names_hidden(profile, document, signature):
-        return _denied(policy, document, "path.hidden", "the profile hides this path")
+    # A signature without paths spares the question about each argument.
+    if profile is None or not (profile.hide and signature.paths):
+        return decision
+    if hides(profile, rule, document, signature):
+        return denied_as(policy, document, "path.hidden", "the profile hides this path")
     return decision
 
 
+def _not_judged(policy: Policy, document: Document) -> Decision:
+    if document.workspace != policy.workspace:
+        return denied_as(policy, document, "policy.workspace", "it is for another workspace")
+    return not_granted(policy, document, BUILT_IN.get(document.tool))
+
+
+def _judge_all(
+    policy: Policy, tool: ToolRules, document: Document, facts: Facts, candidates: Sequence[Rule]
+) -> Decision:
+    denying, granting, asking = _sort(policy, tool, document, facts, candidates)
+    if denying:
+        decision = _remembered(policy, document, denying, denied_by)
+        return decision if document.unfit is None else said_of(document.unfit, denying, decision)
+    return _granted_by(policy, document, tool.signature, granting, asking)
+
+
+def _granted_by(
+    policy: Policy,
+    document: Document,
+    signature: Signature,
+    granting: Sequence[Rule],
+    asking: Sequence[Rule] = (),
+) -> Decision:
+    """Judge a Call that no rule denies, by the rules that grant it and those that ask."""
+    if signature.writes and _writes_protected(document, signature):
+        return denied_as(policy, document, "path.protected", "this file decides what runs later")
+    if not granting:
+        return not_granted(policy, document, signature)
+    shown = _shown(policy, document, signature, granting)
+    if not shown:
+        return denied_as(policy, document, "path.hidden", "the profile hides this path")
+    if any(hides(policy.profile_of(one), one, document, signature) for one in asking):
+        return denied_as(policy, document, "path.hidden", "the profile hides this path")
+    # An ask takes back nothing that an allow says of the Calls it grants.
+    rules = [*asking, *(one for one in shown if one not in asking)] if asking else shown
+    decision = _remembered(policy, document, rules, _asked if asking else _allowed)
+    return decision if len(shown) == len(granting) else _counted(decision, [*rules, *granting])
+
+
+def _shown(
+    policy: Policy, document: Document, signature: Signature, granting: Sequence[Rule]
+) -> list[Rule]:
+    # A grant covers nothing that its own profile hides; that of another rule takes nothing away.
+    return [one for one in granting if not hides(policy.profile_of(one), one, document, signature)]
+
+
+def _counted(decision: Decision, rules: Sequence[Rule]) -> Decision:
+    """Count and mark a Call by rules whose profile hides it too: a hide takes neither back."""
+    if decision.effect is _DENY:
+        return decision
+    marked = decision.irreversible or any(rule.irreversible for rule in rules)
+    return replace(
+        decision,
+        obligations=_obligations(rules),
+        durability=Durability.SYNC if marked else decision.durability,
+        irreversible=marked,
+    )
+
+
+def _writes_protected(document: Document, signature: Signature) -> bool:
+    arguments = document.arguments
+    return any(is_protected(str(arguments.get(name, ""))) for name in signature.writes)
+
+
 def _sort(
-    policy: Policy, tool: ToolRules, document: Document, facts: Facts
+    policy: Policy,
+    tool: ToolRules,
+    document: Document,
+    facts: Facts,
+    candidates: Sequence[Rule],
 ) -> tuple[list[Rule], list[Rule], list[Rule]]:
     """Return the rules that deny, those that grant, and those that ask."""
-    arguments = document.arguments
-    candidates = tool.candidates(arguments)
-    if len(candidates) == 1 and candidates[0].effect is _ALLOW and candidates[0].when is None:
-        # What nearly every Call that is allowed meets.
-        grants = candidates[0].grants(arguments, tool.signature, policy.workspace)
-        return [], [candidates[0]] if grants else [], []
+    arguments, unfit = document.arguments, document.unfit
     known = Known(document, facts)
     denying: list[Rule] = []
     granting: list[Rule] = []
@@ -160,20 +263,20 @@ def _sort(
     for rule in candidates:
         effect = rule.effect
         if effect is not _DENY:
-            grants = rule.grants(arguments, tool.signature, policy.workspace)
+            grants = rule.grants(arguments, tool.signature, policy.workspace, unfit)
             if grants and (rule.when is None or known.surely_holds(rule)):
                 granting.append(rule)
-        if effect is _ALLOW or not rule.restricts(arguments):
+        if effect is _ALLOW or not rule.restricts(arguments, unfit):
             continue
         if rule.when is None or known.may_hold(rule):
             (denying if effect is _DENY else asking).append(rule)
     return denying, granting, asking
 
 
-_Make: TypeAlias = "Callable[[Policy, Document, list[Rule]], Decision]"
+_Make: TypeAlias = "Callable[[Policy, Document, Sequence[Rule]], Decision]"
 
 
-def _remembered(policy: Policy, document: Document, rules: list[Rule], make: _Make) -> Decision:
+def _remembered(policy: Policy, document: Document, rules: Sequence[Rule], make: _Make) -> Decision:
     """Make a Decision, or find the one of the same rule for the same tool.
 
     INVARIANT: ``make`` reads nothing of the Document but the name of its tool.
@@ -189,45 +292,45 @@ def _remembered(policy: Policy, document: Document, rules: list[Rule], make: _Ma
     return found
 
 
-def _allowed(policy: Policy, document: Document, rules: list[Rule]) -> Decision:
+def _allowed(policy: Policy, document: Document, rules: Sequence[Rule]) -> Decision:
     return _granted(policy, document, rules, asks=False)
 
 
-def _asked(policy: Policy, document: Document, rules: list[Rule]) -> Decision:
+def _asked(policy: Policy, document: Document, rules: Sequence[Rule]) -> Decision:
     return _granted(policy, document, rules, asks=True)
 
 
-def _granted(policy: Policy, document: Document, rules: list[Rule], *, asks: bool) -> Decision:
+def _granted(policy: Policy, document: Document, rules: Sequence[Rule], *, asks: bool) -> Decision:
     # Several grants with several profiles: the Call gets what all of them give, because
     # any other choice would depend on the order of the rules.
     profile = _narrow(policy.profile_of(rule) for rule in rules)
     if isinstance(profile, Denied):
-        return _denied(policy, document, profile.code, profile.message)
-    names = _ids(rules)
+        return denied_as(policy, document, profile.code, profile.message)
+    names = ids_of(rules)
     effect, said = (Effect.ASK, "asks a person") if asks else (Effect.ALLOW, "allows this")
+    marked = any(rule.irreversible for rule in rules)
+    kept = policy.trace.durability_of(document.tool)
     return Decision(
         effect=effect,
         policy=policy.version,
         code=f"policy.{effect}",
         reason=f"Rule {names[0]} {said}.",
         rules=names,
-        advice=f"decided at {_places(rules)}" if asks else "",
+        advises=f"decided at {places_of(rules)}" if asks else "",
         profile=profile,
-        enforcement=_enforcement(document.tool),
+        enforcement=enforcement_of(document.tool),
         obligations=_obligations(rules),
+        durability=Durability.SYNC if marked else kept,
+        irreversible=marked or policy.trace.is_irreversible(document.tool),
     )
 
 
-def _obligations(rules: list[Rule]) -> tuple[Bound, ...]:
+def _obligations(rules: Sequence[Rule]) -> tuple[Bound, ...]:
     if not any(rule.bounds for rule in rules):
         return ()
     # One written rule may be several compiled ones, and is counted once.
     found = {bound.id: bound for rule in rules for bound in rule.bounds}
     return tuple(found[name] for name in sorted(found))
-
-
-def _ids(rules: list[Rule]) -> tuple[str, ...]:
-    return (rules[0].id,) if len(rules) == 1 else tuple(sorted({rule.id for rule in rules}))
 
 
 def _narrow(profiles: Iterable[Profile]) -> Profile | Denied:
@@ -238,76 +341,3 @@ def _narrow(profiles: Iterable[Profile]) -> Profile | Denied:
         return functools.reduce(narrow_profiles, others, first)
     except Denied as denied:
         return denied
-
-
-def _names_hidden(profile: Profile, document: Document, signature: Signature) -> bool:
-    for name, argument in signature.arguments.items():
-        if argument.kind not in _PATHS:
-            continue
-        value = document.arguments.get(name)
-        if value == document.workspace:
-            hidden = hides_folder(profile.hide, document.workspace)
-        else:
-            hidden = _is_hidden(profile, value)
-        if hidden:
-            return True
-    return False
-
-
-def _is_hidden(profile: Profile, value: Json) -> bool:
-    if isinstance(value, str):
-        return hidden_by(profile.hide, value)
-    return isinstance(value, list | tuple) and any(_is_hidden(profile, item) for item in value)
-
-
-def _enforcement(tool: str) -> Enforcement:
-    signature = BUILT_IN.get(tool)
-    return signature.enforcement if signature else Enforcement.SANDBOX
-
-
-def _denied(policy: Judged, document: Document, code: str, why: str) -> Decision:
-    return Decision(
-        effect=Effect.DENY,
-        policy=policy.version,
-        code=code,
-        reason=f"Denied ({code}): {why}.",
-        advice=_ADVICE.get(code, ""),
-        enforcement=_enforcement(document.tool),
-    )
-
-
-def _denied_by(policy: Policy, document: Document, rules: list[Rule]) -> Decision:
-    names = _ids(rules)
-    return Decision(
-        effect=Effect.DENY,
-        policy=policy.version,
-        code="policy.deny",
-        reason=f"Denied by rule {names[0]}.",
-        rules=names,
-        advice=f"remove or narrow the rule at {_places(rules)}",
-        enforcement=_enforcement(document.tool),
-    )
-
-
-def _not_granted(policy: Policy, document: Document, signature: Signature | None) -> Decision:
-    section = f"roles.{policy.role}" if policy.role else "tools"
-    return Decision(
-        effect=Effect.DENY,
-        policy=policy.version,
-        code="policy.no_rule",
-        reason=f"Denied (policy.no_rule): no rule grants {document.tool} with these arguments.",
-        advice=f"under {section} in {policy.file} add  {smallest_grant(document, signature)}",
-        enforcement=_enforcement(document.tool),
-    )
-
-
-def _places(rules: list[Rule]) -> str:
-    return ", ".join(sorted({rule.where for rule in rules}))
-
-
-_ADVICE = {
-    "path.protected": "nothing in a policy lifts this; make the change yourself",
-    "path.hidden": "take the pattern out of hide in the profile of the rule",
-    "policy.profile_conflict": "give the rules that match this call profiles of one engine",
-    "policy.workspace": "run it in the workspace the policy was loaded for",
-}

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from safeconduct.call import Bound, Decision, Document, Effect, Facts, Json, Per, Profile
+from safeconduct.call import Bound, Decision, Document, Effect, Facts, Per, Profile
 from safeconduct.errors import Denied, PolicyError
 
 from .bounds import MAX_AMOUNT
 from .capability import both, narrow_profiles
-from .decision import decide
-from .globs import hidden_by
-from .rules import Judged
+from .decision import decide, shown_grants
+from .hiding import hides, is_hidden
+from .rules import Judged, Policy
 from .shell.commands import parts_of
-from .signatures import Kind, Signature
+from .signatures import Signature
 from .wildcards import compile_tool_pattern
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 # LIMIT: how often a Capability may be handed on.
 MAX_DEPTH: Final = 16
-_PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
 _ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _NAME: Final = re.compile(r"[A-Za-z0-9_*-]+(?:\.[A-Za-z0-9_*-]+)*", re.ASCII)
 
@@ -88,7 +87,7 @@ class Capability:
             profile = self._narrowed(decision.profile)
         except Denied as denied:
             return self._denied(denied.code, denied.message)
-        if self.profile is not None and _names_hidden(self.policy, profile, document):
+        if self.profile is not None and _names_hidden(self.policy, profile, document, facts):
             return self._denied("path.hidden", "the profile hides this path")
         return replace(decision, profile=profile, obligations=(*decision.obligations, *self.bounds))
 
@@ -179,17 +178,19 @@ def _invalid(message: str, hint: str) -> PolicyError:
     return PolicyError(message, code="capability.invalid", hint=hint)
 
 
-def _names_hidden(policy: Judged, profile: Profile, document: Document) -> bool:
+def _names_hidden(policy: Judged, profile: Profile, document: Document, facts: Facts) -> bool:
     """Tell whether a path that the Call names is one that the profile hides."""
     for one in (document, *(part.document for part in parts_of(document))):
         signature = policy.signature(one.tool) or Signature()
-        for name, argument in signature.arguments.items():
-            if argument.kind in _PATHS and _is_hidden(profile, one.arguments.get(name)):
-                return True
+        if not signature.closed:
+            return any(_hides_all(part, profile, one, facts) for part in policy.parts)
+        if any(is_hidden(profile, one.arguments.get(name)) for name in signature.paths):
+            return True
     return False
 
 
-def _is_hidden(profile: Profile, value: Json) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_is_hidden(profile, item) for item in value)
-    return isinstance(value, str) and hidden_by(profile.hide, value)
+def _hides_all(part: Policy, profile: Profile, document: Document, facts: Facts) -> bool:
+    """Tell whether a profile hides a path of every rule that grants a Call of a foreign tool."""
+    granting = shown_grants(part, document, facts)
+    signature = part.signature(document.tool) or Signature()
+    return bool(granting) and all(hides(profile, rule, document, signature) for rule in granting)

@@ -6,7 +6,6 @@ For the operator's terminal. The agent only ever sees the Decision's reason.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -15,6 +14,7 @@ from safeconduct.call import Decision, Document, Effect, Facts, Json, Profile
 from .binding import Rule, ToolRules, holds_all, holds_any
 from .bounds import describe_bound
 from .decision import NO_FACTS, Known, decide
+from .match import AnyValue
 from .rules import Judged, Policy
 from .shell.commands import parts_of
 from .when.condition import When, WhenError
@@ -68,6 +68,8 @@ class Explanation:
             "policy": decision.policy,
             "role": self.facts.role,
             "obligations": [asdict(bound) for bound in decision.obligations],
+            "durability": decision.durability.value,
+            "irreversible": decision.irreversible,
             "profile": _profile_json(decision.profile) if decision.profile else None,
             "considered": [_considered_json(item) for item in self.considered],
         }
@@ -115,7 +117,7 @@ def _consider(
     known: Known,
     part: str,
 ) -> Considered:
-    argument, why = _first_failure(rule, document.arguments)
+    argument, why = _first_failure(rule, document)
     if not why and rule.effect is Effect.ALLOW and rule.matchers is not None and not rule.rest:
         extra = rule.unnamed(document.arguments, tool.signature, policy.workspace)
         if extra:
@@ -149,7 +151,7 @@ def _condition(rule: Rule, known: Known) -> str:
     """Say why a `when` keeps the rule from counting; the empty text where it does not."""
     if rule.when is None:
         return ""
-    holds = rule.holds(known.named)
+    holds = rule.holds(known.named, known.unfit)
     if holds is None and rule.effect is Effect.ALLOW:
         return f"when {rule.when.text} cannot be judged: {_fault(rule.when, known)}"
     return f"when {rule.when.text} is false" if holds is False else ""
@@ -162,11 +164,16 @@ def _fault(when: When, known: Known) -> str:
         return str(error)
 
 
-def _first_failure(rule: Rule, arguments: Mapping[str, Json]) -> tuple[str | None, str]:
+def _first_failure(rule: Rule, document: Document) -> tuple[str | None, str]:
+    arguments, unfit = document.arguments, document.unfit or {}
     grants = rule.effect is Effect.ALLOW
     matchers = rule.matchers if grants else rule.restricting or rule.matchers
     holds = holds_all if grants else holds_any
     for name, matcher in (matchers or {}).items():
+        if name in unfit and not (grants and isinstance(matcher, AnyValue)):
+            if grants:
+                return name, unfit[name][1]
+            continue
         if name not in arguments:
             return name, f"{_LACKS}{name}"
         if not holds(matcher, arguments[name]):

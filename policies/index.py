@@ -8,7 +8,7 @@ it matches is still the rule's own word, so a wrong key can only be too wide, ne
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from safeconduct.call import Json
@@ -32,21 +32,36 @@ class RuleIndex:
     always: tuple[int, ...]
     # The argument, how it is looked up, in what, and how long the keys are.
     tables: tuple[tuple[str, Lookup, Table, Span], ...]
+    # The one there is, where every rule is in it.
+    only: tuple[str, Lookup, Table, Span] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        alone = len(self.tables) == 1 and not self.always
+        object.__setattr__(self, "only", self.tables[0] if alone else None)
 
     def candidates(self, arguments: Mapping[str, Json]) -> Sequence[Rule]:
         """Return the rules that may match these arguments, in the order of the file."""
-        if not self.tables:
-            return self.rules
+        only, rules = self.only, self.rules
+        if only is not None:
+            name, look_up, table, span = only
+            hits = look_up(arguments[name], table, span) if name in arguments else ()
+        elif not self.tables:
+            return rules
+        else:
+            hits = self._hits(arguments)
+        if not hits:
+            return ()
+        first = hits[0]
+        if len(hits) > 1:
+            return [rules[at] for at in sorted({at for hit in hits for at in _places(hit)})]
+        return (rules[first],) if type(first) is int else [rules[at] for at in _places(first)]
+
+    def _hits(self, arguments: Mapping[str, Json]) -> Sequence[Hit]:
         hits: list[Hit] = [self.always] if self.always else []
         for name, look_up, table, span in self.tables:
             if name in arguments:
                 hits.extend(look_up(arguments[name], table, span))
-        if not hits:
-            return ()
-        rules, first = self.rules, hits[0]
-        if len(hits) > 1:
-            return [rules[at] for at in sorted({at for hit in hits for at in _places(hit)})]
-        return (rules[first],) if isinstance(first, int) else [rules[at] for at in first]
+        return hits
 
 
 def _places(hit: Hit) -> tuple[int, ...]:

@@ -1,12 +1,13 @@
 """Policy step 3: what a matcher demands of an argument, as keys, and how a value finds them.
 
 INVARIANT: a value that a matcher matches finds one of the matcher's keys. Finding one that it does
-not match costs time only.
+not match costs time only. A value that is not of the matcher's kind finds all of them, as every
+restriction that judges it binds (binding.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Final, TypeAlias, cast
 
 from safeconduct.call import Json
@@ -14,6 +15,7 @@ from safeconduct.call import Json
 from .globs import Glob
 from .match import Argv, Literals, Matcher, PathMatcher, UrlMatcher, scalar_text
 from .match_text import Excluding
+from .signatures import MAX_LIST
 from .urls import UrlPattern
 
 # LIMIT: keys of one rule; one that lists more is always a candidate.
@@ -27,7 +29,7 @@ Table: TypeAlias = "dict[Hashable, Hit]"
 # The length of the shortest key that is a beginning, and of the longest key.
 Span: TypeAlias = "tuple[int, int]"
 # How the value of an argument is looked up in a table.
-Lookup: TypeAlias = "Callable[[Json, Table, Span], Iterable[Hit]]"
+Lookup: TypeAlias = "Callable[[Json, Table, Span], Sequence[Hit]]"
 
 
 def keys_of(matcher: Matcher) -> Iterator[tuple[Lookup, frozenset[Hashable]]]:
@@ -46,6 +48,14 @@ def keys_of(matcher: Matcher) -> Iterator[tuple[Lookup, frozenset[Hashable]]]:
         yield from _url_keys(matcher)
 
 
+def _everything(table: Table) -> Sequence[Hit]:
+    return tuple(table.values())
+
+
+def _are_texts(values: Sequence[Json]) -> bool:
+    return len(values) <= MAX_LIST and all(isinstance(item, str) for item in values)
+
+
 def _each(value: Json) -> Sequence[Json]:
     """Return the elements of a list: a rule that matches the list matches some of them."""
     return cast("Sequence[Json]", value) if isinstance(value, list | tuple) else (value,)
@@ -54,11 +64,13 @@ def _each(value: Json) -> Sequence[Json]:
 # Texts
 
 
-def _look_up_text(value: Json, table: Table, span: Span) -> Iterable[Hit]:
+def _look_up_text(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     if type(value) is str:
         hit = table.get(value)
         return () if hit is None else (hit,)
-    texts = (scalar_text(item) for item in _each(value))
+    texts = [scalar_text(item) for item in _each(value)]
+    if None in texts or len(texts) > MAX_LIST:
+        return _everything(table)
     return [table[text] for text in texts if text is not None and text in table]
 
 
@@ -85,17 +97,26 @@ def _words(element: object) -> frozenset[str] | None:
     return cast("frozenset[str]", listed) if type(listed) is frozenset else None
 
 
-def _look_up_word(value: Json, table: Table, span: Span) -> Iterable[Hit]:
+def _look_up_word(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     words = _each(value)
-    hit = table.get(words[0]) if words and type(words[0]) is str else None
+    if type(value) is str or not words or type(words[0]) is not str:
+        return _everything(table)
+    hit = table.get(words[0])
     return () if hit is None else (hit,)
 
 
-def _look_up_words(value: Json, table: Table, span: Span) -> Iterable[Hit]:
-    words = _each(value)
-    if len(words) < 2 or type(words[0]) is not str or type(words[1]) is not str:
+def _look_up_words(value: Json, table: Table, span: Span) -> Sequence[Hit]:
+    # Not by `isinstance` of a union, which takes as long as all the rest.
+    if not isinstance(value, (list, tuple)):
+        return _everything(table)
+    words: Sequence[Json] = value
+    if len(words) < 2:
         return ()
-    hit = table.get((words[0], words[1]))
+    try:
+        hit = table.get((words[0], words[1]))
+    except TypeError:
+        # A list or an object is no word, and finds no rule about words.
+        return ()
     return () if hit is None else (hit,)
 
 
@@ -118,13 +139,17 @@ def _last(glob: Glob) -> str | None:
     return None if "*" in last or "?" in last else last
 
 
-def _look_up_folder(value: Json, table: Table, span: Span) -> Iterable[Hit]:
+def _look_up_folder(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     found: list[Hit] = []
-    for path in (value,) if type(value) is str else _each(value):
-        if isinstance(path, str):
-            if path in table:
-                found.append(table[path])
-            _look_up_starts(f"{path}/", table, span, found)
+    paths: Sequence[Json] = (value,)
+    if type(value) is not str:
+        paths = _each(value)
+        if not _are_texts(paths):
+            return _everything(table)
+    for path in paths:
+        if path in table:
+            found.append(table[path])
+        _look_up_starts(f"{path}/", table, span, found)
     return found
 
 
@@ -132,7 +157,7 @@ def _look_up_starts(text: str, table: Table, span: Span, found: list[Hit]) -> No
     """Look up every beginning of a text that ends with `/`."""
     # LIMIT: a path has up to 8,192 folders; those longer than every key are never looked up.
     shortest, longest = span
-    end = text.find("/", max(shortest - 1, 0)) + 1
+    end = text.find("/", shortest - 1 if shortest else 0) + 1
     while 0 < end <= longest:
         hit = table.get(text[:end])
         if hit is not None:
@@ -140,8 +165,11 @@ def _look_up_starts(text: str, table: Table, span: Span, found: list[Hit]) -> No
         end = text.find("/", end) + 1
 
 
-def _look_up_name(value: Json, table: Table, span: Span) -> Iterable[Hit]:
-    names = (item.rpartition("/")[2] for item in _each(value) if isinstance(item, str))
+def _look_up_name(value: Json, table: Table, span: Span) -> Sequence[Hit]:
+    paths = _each(value)
+    if not _are_texts(paths):
+        return _everything(table)
+    names = (path.rpartition("/")[2] for path in cast("Sequence[str]", paths))
     return [table[name] for name in names if name in table]
 
 
@@ -156,15 +184,37 @@ def _url_keys(urls: UrlMatcher) -> Iterator[tuple[Lookup, frozenset[Hashable]]]:
         yield _look_up_url, frozenset(_url_key(pattern) for pattern in urls.patterns)
 
 
-def _look_up_start(value: Json, table: Table, span: Span) -> Iterable[Hit]:
+def _look_up_start(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     found: list[Hit] = []
-    for url in (value,) if type(value) is str else _each(value):
-        if isinstance(url, str):
-            text = url.partition("?")[0] + "/"
-            if text.find(":", _SCHEME) >= 0:
-                text = _without_port(text)
-            _look_up_starts(text, table, span, found)
+    if type(value) is str and value.find(":", _SCHEME) < 0:
+        # What nearly every one is: the same as below, in place.
+        shortest, longest = span
+        stop = value.find("?")
+        if stop < 0:
+            stop = len(value)
+        end = value.find("/", shortest - 1 if shortest else 0) + 1
+        while 0 < end <= longest and end <= stop:
+            hit = table.get(value[:end])
+            if hit is not None:
+                found.append(hit)
+            end = value.find("/", end) + 1
+        if stop < longest:
+            hit = table.get(f"{value[:stop]}/")
+            if hit is not None:
+                found.append(hit)
+        return found
+    urls = _each(value)
+    if not _are_texts(urls):
+        return _everything(table)
+    for url in cast("Sequence[str]", urls):
+        _look_up_starts(_start_of(url), table, span, found)
     return found
+
+
+def _start_of(url: str) -> str:
+    """Return what of a canonical URL a beginning may be, as the patterns write it."""
+    text = f"{url.partition('?')[0]}/" if "?" in url else f"{url}/"
+    return text if text.find(":", _SCHEME) < 0 else _without_port(text)
 
 
 def _without_port(url: str) -> str:
@@ -186,11 +236,13 @@ def _url_key(pattern: UrlPattern) -> str:
     return "/".join([pattern.labels[0], *plain])
 
 
-def _look_up_url(value: Json, table: Table, span: Span) -> Iterable[Hit]:
+def _look_up_url(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     found: list[Hit] = []
-    for url in _each(value):
-        if isinstance(url, str):
-            _look_up_one_url(url, table, span[1], found)
+    urls = _each(value)
+    if not _are_texts(urls):
+        return _everything(table)
+    for url in cast("Sequence[str]", urls):
+        _look_up_one_url(url, table, span[1], found)
     return found
 
 

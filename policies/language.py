@@ -27,6 +27,7 @@ from .model import (
     ServerSpec,
 )
 from .model_matchers import ElementSpec, MatcherSpec, TextSpec
+from .model_trace import TraceSpec, WitnessSpec
 from .model_words import Model
 from .syntax import Position, Source, to_data
 
@@ -41,7 +42,6 @@ _LATER: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "order": "what must come before what: [{require: EVENT, after: EVENT, before: EVENT}]",
             "credentials": "secrets that a broker adds: {NAME: {from, header, for: [URLS]}}",
             "rego": "a policy in Rego that narrows this one",
-            "trace": "how the trace is kept",
             "approvals": "who may say yes",
             "budget": "a budget for the whole session",
             "rate": "a rate for the whole session",
@@ -55,7 +55,6 @@ _LATER: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "limits": {"calls": "how many calls of tools"},
         "rule": {
             "remember": "how long a person's yes holds",
-            "irreversible": "that the trace is on disk before the effect",
             "redact": "what the trace leaves out",
             "credentials": "secrets that a broker adds to requests",
         },
@@ -93,6 +92,8 @@ def _keys(model: type[Model], *without: str) -> tuple[str, ...]:
 
 _POLICY = _Place("policy", _keys(PolicySpec))
 _REQUIRE = _Place("require", _keys(RequireSpec))
+_TRACE = _Place("trace", _keys(TraceSpec))
+_WITNESS = _Place("witness", _keys(WitnessSpec))
 _PROFILE = _Place("profile", _keys(ProfileSpec))
 _LIMITS = _Place("limits", _keys(LimitsSpec))
 _SERVER = _Place("server", _keys(ServerSpec))
@@ -196,6 +197,8 @@ def _place(source: Source, loc: tuple[int | str, ...]) -> _Place:
         return _POLICY
     if head == "require":
         return _REQUIRE
+    if head == "trace":
+        return _WITNESS if len(loc) > 2 else _TRACE
     if head == "servers":
         return _SERVER
     if head == "profiles":

@@ -23,6 +23,7 @@ from .files import PolicyFile, read_policy_file, version_of
 from .language import read_spec
 from .rules import Judged, Policy, Server
 from .syntax import Source, parse_syntax
+from .trace_terms import DEFAULT_TERMS, join_terms, refuse_weaker
 
 __all__ = [
     "POLICY_FILE",
@@ -93,9 +94,13 @@ def _compile_chain(file: PolicyFile, place: _Place, cache: PolicyCache | None = 
     """Compile a file and those it extends, the widest first."""
     parts: list[Policy] = []
     servers: dict[str, Server] = {}
+    trace = DEFAULT_TERMS
     for one in reversed(file.chain):
         with _uncollected():
             part = _kept(one, place, parts, cache)
+        if parts:
+            refuse_weaker(trace, part.trace, part.file)
+        trace = join_terms(trace, part.trace) if parts else part.trace
         for name, server in part.servers.items():
             if servers.setdefault(name, server) != server:
                 raise PolicyError(
@@ -104,7 +109,9 @@ def _compile_chain(file: PolicyFile, place: _Place, cache: PolicyCache | None = 
                     hint="give it another name",
                 )
         parts.append(part)
-    return parts[0] if len(parts) == 1 else narrowed(parts, servers=MappingProxyType(servers))
+    if len(parts) == 1:
+        return parts[0]
+    return narrowed(parts, servers=MappingProxyType(servers), trace=trace)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 from safeconduct.call import Json
 
@@ -275,14 +275,19 @@ class Argv:
         # Not `Sequence`: a question about an abstract type takes as long as all the rest.
         if not isinstance(value, (list, tuple)):
             return False
-        words, count = cast("Sequence[Json]", value), len(self.elements)
-        if len(words) < count or (len(words) > count and not self.rest):
-            return False
+        # Not by `cast`, which is a call.
+        words: Sequence[Json] = value
+        elements = self.elements
+        count = len(elements)
         # All literal: one comparison instead of one for each word.
-        if self.shown is self.elements:
-            if tuple(words[:count]) != self.elements:
+        if self.shown is elements:
+            if tuple(words[:count]) != elements:
                 return False
-        elif not _all_match(self.elements, words):
+        elif len(words) < count or not _all_match(elements, words):
+            return False
+        if len(words) == count:
+            return True
+        if not self.rest:
             return False
         for word in words[count:]:  # noqa: SIM110 a generator takes three times as long
             if not isinstance(word, str):

@@ -14,6 +14,7 @@ from safeconduct.call import Engine, Per, Tier, Unit, WorkspaceMode
 
 from .bounds import check_amounts, parse_amount, parse_rate
 from .model_matchers import Arguments
+from .model_trace import TraceSpec, read_flag, read_mark
 from .model_words import (
     MAX_BOUNDS,
     MAX_IMPORTS,
@@ -37,17 +38,11 @@ from .model_words import (
 from .units import parse_count, parse_duration_ms, parse_size_bytes
 
 
-def _flag(value: object) -> bool:
-    if value not in ("true", "false"):
-        raise ValueError("expected true or false")
-    return value == "true"
-
-
 class RequireSpec(Model):
     """What the machine must be able to enforce; one that gives less refuses to run."""
 
     tier: Tier | None = None
-    cgroup: Annotated[bool, BeforeValidator(_flag)] = False
+    cgroup: Annotated[bool, BeforeValidator(read_flag)] = False
 
 
 _Duration = BeforeValidator(parse_duration_ms)
@@ -137,6 +132,7 @@ class RuleSpec(Model):
     when: Annotated[str, Field(min_length=1, max_length=MAX_WHEN)] | None = None
     rate: Annotated[tuple[Rate, ...], OneOrMore, Field(min_length=1, max_length=MAX_BOUNDS)] = ()
     budget: BudgetSpec | None = None
+    irreversible: Annotated[bool, BeforeValidator(read_mark)] = False
 
 
 def _rules(value: object) -> object:
@@ -185,6 +181,7 @@ class PolicySpec(Model):
     version: Literal["1"]
     extends: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     require: RequireSpec = RequireSpec()
+    trace: TraceSpec | None = None
     workspace: Annotated[str, Field(min_length=1, max_length=4096)] = "project"
     profiles: Annotated[
         dict[Word, ProfileSpec], Field(max_length=MAX_PROFILES, default_factory=dict)

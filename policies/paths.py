@@ -75,6 +75,32 @@ def split_path(text: str) -> list[str]:
     return components
 
 
+def plain_path(text: str) -> str:
+    """Return the one spelling of a path as far as its text tells; Denied as `of_tool` raises it.
+
+    A relative one has another spelling, whatever its folder is.
+    """
+    components = _of_plain(text)
+    path = "/" + "/".join(components)
+    if text.startswith("/"):
+        _refuse_process(path)
+    return path
+
+
+def _of_plain(text: str) -> list[str]:
+    components = split_path(text)
+    if _EXPANDED.search(text):
+        message = f"a tool may read this path in another way: {show(text)}"
+        raise Denied(message, code="path.ambiguous", hint="write a plain path")
+    return components
+
+
+def _refuse_process(path: str) -> None:
+    if path == "/proc" or path.startswith("/proc/"):
+        # We would read our own environment and memory, not the agent's.
+        raise Denied("processes are not files", code="path.proc")
+
+
 def _names_folder(text: str) -> bool:
     """Tell whether only a folder can be at a path: the kernel says ENOTDIR of `file/`."""
     return text.endswith(("/", "/."))
@@ -204,11 +230,7 @@ class PathResolver:
         `\\`, `$`, a leading `-` or `|`) are refused, because it would open something else than was
         judged.
         """
-        components = split_path(text)
-        if _EXPANDED.search(text):
-            message = f"a tool may read this path in another way: {show(text)}"
-            raise Denied(message, code="path.ambiguous", hint="write a plain path")
-        start = self._start(components, text)
+        start = self._start(_of_plain(text), text)
         count = self._longest_existing(start, text)
         try:
             fd = start.open(count)
@@ -291,9 +313,7 @@ def real_path(fd: int) -> str:
         raise Denied("the object has no name any more", code="path.deleted") from error
     if not plain and _CONTROL.search(path):
         raise Denied("the real path holds a control character", code="path.control")
-    if path == "/proc" or path.startswith("/proc/"):
-        # We would read our own environment and memory, not the agent's.
-        raise Denied("processes are not files", code="path.proc")
+    _refuse_process(path)
     return path
 
 

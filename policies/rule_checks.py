@@ -47,6 +47,10 @@ class RuleChecks:
             position = self._source.node(loc).position
             hint = "remove rate and budget; to grant so much and no more, put them on the grant"
             raise self._source.error(position, "a deny has nothing to count", hint=hint)
+        if rule.effect is Effect.DENY and rule.irreversible:
+            position = self._source.key((*loc, "irreversible"))
+            hint = "remove it: a Call that is denied has no effect"
+            raise self._source.error(position, "a deny is never irreversible", hint=hint)
         if rule.profile is None:
             return
         position = self._source.node((*loc, "profile")).position

@@ -13,6 +13,7 @@ from safeconduct.call import Decision, Profile, Tier
 from .binding import Rule, ToolRules, Wildcard, holds_all, holds_any, implied_by, join_rules
 from .signatures import BUILT_IN, Signature
 from .syntax import Position
+from .trace_terms import DEFAULT_TERMS, TraceTerms
 
 __all__ = [
     "Judged",
@@ -89,6 +90,11 @@ class Judged(Protocol):
         """The servers that the operator named."""
         ...
 
+    @property
+    def trace(self) -> TraceTerms:
+        """How the log is kept."""
+        ...
+
     def for_role(self, name: str | None) -> Judged:
         """Return what is judged in a session of this role; None is a session without one.
 
@@ -124,6 +130,7 @@ class Policy:
     servers: Mapping[str, Server] = field(
         default_factory=lambda: MappingProxyType(dict[str, Server]())
     )
+    trace: TraceTerms = DEFAULT_TERMS
     # The Decisions that one rule alone made, for `decide`, which makes them of nothing else.
     decided: dict[tuple[str, str, object], Decision] = field(
         default_factory=dict[tuple[str, str, object], Decision],

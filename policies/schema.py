@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from safeconduct.call import Json, WorkspaceMode
+from safeconduct.call import Durability, Json, WorkspaceMode
 from safeconduct.syscalls import ADDABLE
 
 from .match_json import Type
@@ -34,6 +34,8 @@ _RANGE: Final[Json] = {"type": "array", "items": _SCALAR, "minItems": 2, "maxIte
 _DURATION: Final[Json] = {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"}
 _SIZE: Final[Json] = {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}
 _COUNT: Final[Json] = {"type": ["integer", "string"], "pattern": "^[0-9]+[KMG]?$"}
+_FLAG: Final[Json] = {"enum": [True, False, "true", "false"]}
+_ABSOLUTE: Final[Json] = {"type": "string", "pattern": "^/", "maxLength": 4096}
 _RATE: Final[Json] = {"type": "string", "pattern": "^[0-9]+[KMG]?/[smhd]$"}
 _PERIOD: Final = "(/(call|session|day))?$"
 # Beside which forms `not` may stand, and what it takes there.
@@ -79,9 +81,10 @@ def policy_schema() -> dict[str, Json]:
                 "require": _closed(
                     {
                         "tier": {"enum": ["full", "landlock"]},
-                        "cgroup": {"enum": [True, False, "true", "false"]},
+                        "cgroup": _FLAG,
                     }
                 ),
+                "trace": _trace(),
                 "workspace": _TEXT,
                 "extends": _TEXT,
                 "profiles": _named(WORD, {"$ref": "#/$defs/profile"}),
@@ -146,6 +149,7 @@ def _rule() -> dict[str, Json]:
         "profile": {"type": "string"},
         "id": {"type": "string"},
         "when": _TEXT,
+        "irreversible": {"enum": [True, "true"]},
         "rate": _one_or_more(_RATE),
         "budget": _closed(
             {
@@ -207,6 +211,26 @@ def _shape() -> dict[str, Json]:
             ),
         ]
     }
+
+
+def _trace() -> dict[str, Json]:
+    witness = _closed({"policy": _ABSOLUTE, "require": _FLAG}, required=["policy"])
+    tool: Json = {"type": "string", "pattern": TOOL_NAME, "maxLength": 128}
+    return _closed(
+        {
+            "durability": {"enum": [str(durability) for durability in Durability]},
+            "batch": _DURATION,
+            "irreversible": {
+                "type": "array",
+                "items": tool,
+                "minItems": 1,
+                "maxItems": MAX_PATTERNS,
+            },
+            "quota": _SIZE,
+            "retain": {"type": "string", "pattern": "^[1-9][0-9]*d$"},
+            "witness": witness,
+        }
+    )
 
 
 def _profile() -> dict[str, Json]:

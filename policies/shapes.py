@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final, TypeGuard
+from typing import Final, TypeGuard, TypeVar
 
 from safeconduct.call import Json
 
@@ -58,8 +58,8 @@ class Form:
             return self._in_range(value)
         if _is_list(value):
             return self._holds_items(value, restricts=restricts)
-        if isinstance(value, Mapping):
-            return self._holds_members(value, restricts=restricts)
+        if isinstance(value, Mapping) and self.type is not Type.ANY:
+            return self._may_hold(value) if restricts else self._holds_members(value)
         return True
 
     def _in_range(self, value: int | float) -> bool:
@@ -75,17 +75,41 @@ class Form:
         quantify = any if restricts else all
         return quantify(form.holds(item, restricts=restricts) for item in value)
 
-    def _holds_members(self, value: Mapping[str, Json], *, restricts: bool) -> bool:
-        if not self.required <= value.keys():
+    def _holds_members(self, value: Mapping[str, Json]) -> bool:
+        # Two names that differ only in case are one for some tools (spelling.py).
+        if len({name.casefold() for name in value}) < len(value):
             return False
-        for name, item in value.items():
-            form = self.properties.get(name)
-            if form is None:
-                if not (self.open or restricts or self.type is Type.ANY):
-                    return False
-            elif not form.holds(item, restricts=restricts):
+        others = value.keys() - self.properties.keys()
+        if others:
+            known = {name.casefold() for name in self.properties}
+            if not self.open or any(name.casefold() in known for name in others):
                 return False
-        return True
+        return self.required <= value.keys() and all(
+            form.holds(value[name], restricts=False)
+            for name, form in self.properties.items()
+            if name in value
+        )
+
+    def _may_hold(self, value: Mapping[str, Json]) -> bool:
+        """Tell whether the members may be taken for such: a name is met in any case."""
+        given = _by_name(value)
+        if not all(name.casefold() in given for name in self.required):
+            return False
+        forms = _by_name(self.properties)
+        return all(
+            any(form.holds(item, restricts=True) for form in forms[name] for item in given[name])
+            for name in forms.keys() & given.keys()
+        )
+
+
+_T = TypeVar("_T")
+
+
+def _by_name(members: Mapping[str, _T]) -> dict[str, list[_T]]:
+    found: dict[str, list[_T]] = {}
+    for name, member in members.items():
+        found.setdefault(name.casefold(), []).append(member)
+    return found
 
 
 def _is_list(value: Json) -> TypeGuard[Sequence[Json]]:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from safeconduct.call import Enforcement, Json
+from safeconduct.call import Document, Enforcement, Json
 
 WORKSPACE_DEFAULT: Final = "$WS"
 
@@ -38,6 +38,57 @@ class Kind(StrEnum):
     INTEGERS = "integers"
     RESOURCES = "resources"  # what a Call says it needs, in the words of `limits`
     JSON = "json"
+
+
+_PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
+# Kinds whose values have other spellings, of which one is judged and handed over.
+SPELLED: Final = frozenset({Kind.TOOL_PATH, Kind.TOOL_URL, Kind.HOST, Kind.EMAIL})
+# LIMIT: values of a list under a matcher that takes one value; a longer one fits none.
+MAX_LIST: Final = 1024
+# Kinds that no text is of.
+NO_TEXT: Final = frozenset({Kind.NUMBER, Kind.ARGV, Kind.INTEGERS, Kind.RESOURCES})
+_EXPECTED: Final[Mapping[Kind, str]] = MappingProxyType(
+    {Kind.TEXT: "a text", Kind.NUMBER: "a number", Kind.SCALAR: "one value"}
+)
+# The code of an argument whose name another one may be taken for.
+AMBIGUOUS: Final = "call.ambiguous_argument"
+
+
+def fits(kind: Kind, value: Json) -> bool:
+    """Tell whether one value is of the JSON type that a kind is judged in.
+
+    A path or a URL may still have no form: that is what `Document.unfit` says.
+    """
+    if isinstance(value, str):
+        return kind not in NO_TEXT
+    if kind is Kind.JSON:
+        return True
+    if kind is Kind.SCALAR:
+        return not isinstance(value, (list, tuple, dict))
+    if kind is Kind.NUMBER:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return kind is Kind.ARGV and isinstance(value, (list, tuple))
+
+
+def misfit(document: Document, signature: Signature) -> tuple[str, str]:
+    """Say of a Call that no rule grants which argument is not what the rules take it for, if any.
+
+    Return the code and a sentence, both empty where all are.
+    """
+    for said in (document.unfit or {}).values():
+        return said
+    if signature.closed:
+        return "", ""
+    for name, argument in signature.arguments.items():
+        if name not in document.arguments or argument.kind not in _EXPECTED:
+            continue
+        value = document.arguments[name]
+        listed = value if isinstance(value, (list, tuple)) else (value,)
+        if len(listed) > MAX_LIST:
+            return "call.bad_argument", f"{name!a} must be a list of at most {MAX_LIST} values"
+        if not all(fits(argument.kind, item) for item in listed):
+            return "call.bad_argument", f"{name!a} must be {_EXPECTED[argument.kind]}"
+    return "", ""
 
 
 class Holds(StrEnum):
@@ -72,16 +123,22 @@ class Signature:
     writes: tuple[str, ...] = ()
     as_text: Signature | None = None
     enforcement: Enforcement = Enforcement.SANDBOX
+    # Derived: the arguments that are paths.
+    paths: tuple[str, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        paths = (name for name, x in self.arguments.items() if x.kind in _PATHS)
+        object.__setattr__(self, "paths", tuple(paths))
 
     def may_be_unnamed(self, name: str, value: Json, workspace: str) -> bool:
         """Tell whether a rule grants this argument without naming it."""
         argument = self.arguments.get(name)
         if argument is None:
             return False
-        if argument.free:
-            return True
-        default = workspace if argument.default == WORKSPACE_DEFAULT else argument.default
-        return default is not None and value == default
+        default = argument.default
+        if argument.free or default is None:
+            return argument.free
+        return value == (workspace if default == WORKSPACE_DEFAULT else default)
 
 
 def _tool_on_file(holds: Holds) -> Signature:
@@ -115,6 +172,9 @@ BUILT_IN: Final[Mapping[str, Signature]] = MappingProxyType(
         "shell.run": Signature(
             arguments={"argv": Argument(kind=Kind.ARGV), **_AROUND_A_PROGRAM},
             as_text=Signature(arguments={"command": Argument(kind=Kind.TEXT), **_AROUND_A_PROGRAM}),
+        ),
+        "agent.run": Signature(
+            arguments={"argv": Argument(kind=Kind.ARGV), "cwd": _AROUND_A_PROGRAM["cwd"]},
         ),
         "http.get": Signature(
             arguments={"url": Argument(kind=Kind.URL)}, enforcement=Enforcement.OBJECT

@@ -2,9 +2,9 @@
 
     Call → canonical document → decide → record → reserve → (ask) → execute → record → result
 
-INVARIANT: nothing runs without a recorded intent; nothing is decided on one spelling of a path
-and executed on another; every failure on the way is a refusal, and is recorded as one. This is
-the only module that joins policies, sandbox and trace.
+INVARIANT: nothing runs without a recorded intent, and nothing irreversible before that is signed;
+nothing is decided on one spelling of a path and executed on another; every failure on the way is a
+refusal, and is recorded as one. This is the only module that joins policies, sandbox and trace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from safeconduct.call import Call, Decision, Document, Effect, Facts, Outcome, Profile
-from safeconduct.errors import ApprovalRequired, Denied, Error, SandboxFailed
+from safeconduct.errors import ApprovalRequired, Denied, Error, SandboxFailed, TraceInvalid
 from safeconduct.policies import Canonical, Judged, canonicalize, hidden_by
 
 from .ledger import Ledger, Tab
@@ -94,7 +94,8 @@ class Pipeline:
     def operate(self, call: Call, profile: Profile) -> Generator[Admitted]:
         """Record a program that the operator's own command line starts; no rule judges it.
 
-        Its decision has the code ``operator.command``. Otherwise as ``admit``.
+        Its decision has the code ``operator.command``. It waits for no witness: what an overlay
+        holds would be lost where it cannot be kept. Otherwise as ``admit``.
         """
         policy = self._standing.policy
         document = Document(tool=call.tool, arguments=call.arguments, workspace=policy.workspace)
@@ -128,21 +129,29 @@ class Pipeline:
             with self._failures_of(call):
                 decision = self._allowed(call, policy, canonical.document, decision, facts)
                 with self._ledger.reserved(decision.obligations) as tab:
+                    self._recorder.before_effect(decision)
                     yield canonical, decision, tab
 
     @contextmanager
     def _failures_of(self, call: Call) -> Generator[None]:
-        """Record what ends a Call early as its outcome."""
+        """Record what ends a Call early as its outcome. Always raises what ended it."""
         try:
             yield
         except Error as error:
             if isinstance(error, Denied):
                 self._standing.refused()
-            self._recorder.failure(call, error)
+            self._record_failure(call, error, error)
             raise
-        except BaseException:
-            self._recorder.failure(call, SandboxFailed("Interrupted.", step="interrupted"))
+        except BaseException as error:
+            self._record_failure(call, SandboxFailed("Interrupted.", step="interrupted"), error)
             raise
+
+    def _record_failure(self, call: Call, failure: Error, under_way: BaseException) -> None:
+        """Record it; what the writer is kept from, the next call meets before it has an effect."""
+        try:
+            self._recorder.failure(call, failure)
+        except TraceInvalid as error:
+            under_way.add_note(f"The trace does not say so: {error.message} ({error.code})")
 
     def _decide(self, policy: Judged, canonical: Canonical, facts: Facts) -> Decision:
         """Judge; keys, traces and the policies in force are out of reach of every policy."""
@@ -187,9 +196,10 @@ class Pipeline:
         try:
             by = self._approver(call, decision)
         except ApprovalRequired:
-            self._recorder.approval(call, answer="none", by="nobody")
+            self._recorder.approval(call, decision, answer="none", by="nobody")
             raise
-        self._recorder.approval(call, answer="yes" if by else "no", by=by or "operator")
+        answer = "yes" if by else "no"
+        self._recorder.approval(call, decision, answer=answer, by=by or "operator")
         if not by:
             raise Denied("The operator said no.", rules=decision.rules, code="approval.refused")
 

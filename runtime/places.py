@@ -38,6 +38,11 @@ class Places:
         return self.state / "keys" / "log.pub"
 
     @property
+    def vault_key(self) -> Path:
+        """What the keys of sessions are wrapped with; they lie in the folder ``vault`` beside."""
+        return self.state / "keys" / "vault.key"
+
+    @property
     def signer(self) -> Path:
         """What the signer remembers having signed."""
         return self.state / "signer"
@@ -58,14 +63,22 @@ class Places:
             for folder in folders:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self.key.exists():
-                line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
-                self.public_key.write_text(line + "\n")
+                self._make_key()
         except OSError as error:
             raise TraceInvalid(
                 f"{error.filename or self.state} cannot be made: {error.strerror}.",
                 code="trace.state",
                 hint="Set XDG_STATE_HOME to a folder of your own, outside every workspace.",
             ) from error
+
+    def _make_key(self) -> None:
+        try:
+            line = write_key(self.key, f"safeconduct-{secrets.token_hex(4)}")
+        except TraceInvalid as error:
+            if error.code != "key.exists":  # another runtime was faster, and publishes its line
+                raise
+        else:
+            self.public_key.write_text(line + "\n")
 
     @property
     def changes(self) -> Path:

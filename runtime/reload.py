@@ -109,6 +109,7 @@ class Reloader:
             _refuse_other_files(self._current, found)
             _refuse_within_reach(found, self._real)
             self._refuse_unenforced(found)
+            _refuse_other_log(self._current, found)
             _refuse_failing(found)
             for check in self._demands:
                 check(found)
@@ -166,6 +167,17 @@ def _refuse_other_files(current: Resolution, found: Resolution) -> None:
             f"another policy would come into force: {found.why}",
             file=str(found.found.path),
             code="policy.other_file",
+            hint="start anew for it",
+        )
+
+
+def _refuse_other_log(current: Resolution, found: Resolution) -> None:
+    """The log is put up once: how much it holds, how long, and who cosigns it."""
+    if found.policy.trace.of_the_log != current.policy.trace.of_the_log:
+        raise PolicyError(
+            "trace: batch, quota, retain or witness would be others than of the log that is open",
+            file=str(found.found.path),
+            code="policy.trace",
             hint="start anew for it",
         )
 

@@ -18,6 +18,7 @@ from safeconduct.policies import (
     Judged,
     Kind,
     Signature,
+    as_observed,
     both,
     decide,
     hidden_by,
@@ -102,15 +103,15 @@ class Standing:
         if not self._observe or decision.effect is Effect.ALLOW:
             return decision
         # Where several parts refuse, the code is that of the first; a later one may have a rule.
-        parts = (decide(part, document, facts) for part in policy.parts)
-        if not _OBSERVED.issuperset([decision.code, *(part.code for part in parts)]):
+        verdicts = [decide(part, document, facts) for part in policy.parts]
+        if not _OBSERVED.issuperset([decision.code, *(one.code for one in verdicts)]):
             return decision
         profile = decision.profile or _default_profile(policy)
         # No rule has named what they would open.
         beyond = not _reaches(profile, document) or _spells_address(document)
         if decision.effect is Effect.DENY and beyond:
             return decision
-        return replace(decision, profile=profile, observed=True)
+        return as_observed(policy, document, decision, verdicts, profile)
 
     def of_role(self, policy: Judged) -> Judged:
         """Return what of a policy judges this session; PolicyError where it has no such role."""
@@ -137,8 +138,15 @@ class Delegated:
         """A sub-agent is granted what it may do, and never only observed."""
 
     def begin(self, call: Call) -> tuple[Judged, Facts]:
-        """Count the Call as one of the session's."""
-        return self.session.begin(call)
+        """Count the Call as one of the session's; what judges it is also what spells its values.
+
+        Where the two policies do not fit, ``decide`` refuses.
+        """
+        policy, facts = self.session.begin(call)
+        try:
+            return self._within(policy).policy, facts
+        except PolicyError:
+            return policy, facts
 
     def refused(self) -> None:
         """Count a Call that was denied."""
@@ -150,24 +158,35 @@ class Delegated:
 
     def decide(self, policy: Judged, document: Document, facts: Facts) -> Decision:
         """Judge within the Capability, and by what has come into force since it was handed on."""
-        judged, held = self._held
-        if policy is not judged:
-            try:
-                held = self._joined(policy)
-            except PolicyError as error:
-                return _denied(policy, "capability.policy", error.message)
-            self._held = policy, held
+        try:
+            held = self._within(policy)
+        except PolicyError as error:
+            return _denied(policy, "capability.policy", error.message)
         decision = held.decide(document, facts)
         bound = self.capability.profile
         if decision.effect is Effect.DENY or _reaches(bound, document):
             return decision
         return _denied(held.policy, "capability.profile", "its profile does not show this path")
 
+    def _within(self, policy: Judged) -> Capability:
+        """Return the Capability within a session's policy, which may be joined with it already."""
+        judged, held = self._held
+        if policy is not judged and policy is not held.policy:
+            held = self._joined(policy)
+            self._held = policy, held
+        return held
+
     def _joined(self, policy: Judged) -> Capability:
         mine = self.capability.policy
-        if all(any(part is one for one in mine.parts) for part in policy.parts):
+        if _has_parts(mine, policy):
             return self.capability
+        if _has_parts(policy, mine):
+            return replace(self.capability, policy=policy)
         return replace(self.capability, policy=both(policy, mine))
+
+
+def _has_parts(policy: Judged, other: Judged) -> bool:
+    return all(any(part is one for one in policy.parts) for part in other.parts)
 
 
 def _denied(policy: Judged, code: str, why: str) -> Decision:

@@ -104,7 +104,7 @@ class Runtime:
         one role of this session. With ``observe`` a Call that no rule grants, or that a rule asks
         about, runs all the same in the profile that is enforced by default, and the Trace says
         so; what a rule denies stays denied. With ``watch`` changed policy files come into force
-        before the next Call (``reload``); ``tell`` is told in a line or two when one does not.
+        before the next Call (``reload``); ``tell`` is told when one does not, and of witnesses.
         A commit of changes that a crash broke off is ended first (``recovered``). Raises
         PolicyError, SandboxUnavailable, SandboxFailed or TraceInvalid, and leaves nothing running.
         """
@@ -128,7 +128,7 @@ class Runtime:
             shields = foundation.raise_shields(stack, resolution, places, folder)
             toolbox = foundation.toolbox(stack, native, machine, shields, explain=explain)
             recorder = foundation.session_recorder(
-                stack, places, folder, judged.workspace, caller, origin
+                stack, places, folder, judged, caller=caller, origin=origin, tell=tell
             )
             standing = Standing(judged, role=role, observe=observe)
             ledger = Ledger(places.budgets, scope=judged.workspace)

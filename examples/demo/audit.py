@@ -11,6 +11,7 @@ from story import Story
 
 from safeconduct import Error
 from safeconduct.attestation import Opening, read_entries, read_opened, verify_trace
+from safeconduct.attestation.privacy.vault import Vault
 from safeconduct.attestation.replay import replay_policy
 from safeconduct.policies import load_policy
 
@@ -41,7 +42,7 @@ def verify(stage: Stage, story: Story) -> None:
 def replay(stage: Stage, story: Story) -> None:
     """Judge every recorded call by the stricter policy and list those it would have refused."""
     policy = load_policy(stage.policy("strict.yaml"), workspace=stage.workspace)
-    report = replay_policy(stage.trace, policy)
+    report = replay_policy(stage.trace, policy, vault=Vault.find(stage.vault_key))
     documents = dict(_arguments(stage))
     refused = [change for change in report.changes if change.new == "deny"]
     for change in refused[:_LISTED_MAX]:
@@ -61,7 +62,8 @@ def replay(stage: Stage, story: Story) -> None:
 
 def _arguments(stage: Stage) -> Iterator[tuple[int, str]]:
     """Yield what each recorded call was asked to do, from what opens its commitment."""
-    for index, entry, opened in read_opened(stage.trace):
+    vault = Vault.find(stage.vault_key)
+    for index, entry, opened in read_opened(stage.trace, vault=vault):
         document = opened.get("document")
         if entry.kind != "call.intent" or not isinstance(document, Opening):
             continue

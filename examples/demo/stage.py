@@ -84,6 +84,11 @@ class Stage:
         return self.root / "home"
 
     @property
+    def vault_key(self) -> Path:
+        """What opens the arguments and outputs in the trace; gone with the rest afterwards."""
+        return self.root / "state" / "safeconduct" / "keys" / "vault.key"
+
+    @property
     def environment(self) -> Mapping[str, str]:
         """Where a runtime of the demo looks for keys, state and policies."""
         return {

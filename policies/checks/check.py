@@ -26,6 +26,7 @@ from .rules import (
     no_engine,
     no_overlay,
     swallowed,
+    unmarked,
     unreachable,
 )
 
@@ -63,7 +64,7 @@ def check_policy(policy: Judged) -> tuple[Finding, ...]:
 def _findings(policy: Judged) -> tuple[Finding, ...]:
     found: set[Finding] = set()
     for part in policy.parts:
-        found |= {*folders_outside(part), *added_calls(part), *empty(part)}
+        found |= {*folders_outside(part), *added_calls(part), *empty(part), *unmarked(part)}
         for view in _views(part):
             found |= {*_of_view(view)}
             if view.role is not None:

@@ -18,7 +18,7 @@ _WITHOUT_OVERLAY: Final = frozenset(["fs.write", "python.run"])
 # And those that would not see what earlier calls of a session left in its overlay.
 _WITHOUT_SESSION: Final = _WITHOUT_OVERLAY | {"fs.read", "fs.list"}
 # Tools of ours that run in a native sandbox alone.
-_NATIVE_ONLY: Final = frozenset(["shell.run", "python.run"])
+_NATIVE_ONLY: Final = frozenset(["agent.run", "shell.run", "python.run"])
 # LIMIT: pairs of rules of one tool that are compared; above it, only equal ones are found.
 _PAIRS_MAX: Final = 20_000
 
@@ -116,3 +116,14 @@ def empty(policy: Policy) -> Iterator[Finding]:
         fix = "add rules under tools"
         where = Position(1, 1)
         yield finding(Level.WARNING, "check.empty", policy.file, where, "nothing is granted", fix)
+
+
+def unmarked(policy: Policy) -> Iterator[Finding]:
+    """Find names that are listed as irreversible and that no rule of the file grants."""
+    granted = {rule.tool for rule in policy.every_rule() if rule.effect is not Effect.DENY}
+    for pattern in policy.trace.irreversible:
+        if not any(pattern.overlaps(tool) for tool in granted):
+            message = f"{pattern.pattern} is listed as irreversible, and no rule grants such a tool"
+            fix = "look for a slip in the name; what another file grants may stand here"
+            where = policy.trace.position
+            yield finding(Level.WARNING, "check.unmarked", policy.file, where, message, fix)

@@ -15,9 +15,10 @@ from typing import Final
 from safeconduct.call import Document, Effect, Facts, Json
 from safeconduct.errors import PolicyError
 from safeconduct.policies.binding import Rule
+from safeconduct.policies.match import AnyValue
 from safeconduct.policies.rules import Judged, Policy
 from safeconduct.policies.signatures import BUILT_IN, RESERVED, Kind
-from safeconduct.policies.wildcards import is_ours
+from safeconduct.policies.wildcards import is_ours, is_wildcard
 
 from .difference_examples import Case, Sides, find_example
 from .difference_rules import Doubt, doubts
@@ -31,6 +32,7 @@ MAX_WIDENINGS: Final = 200
 # LIMIT: steps of all comparisons: about 20 s. Beyond, nothing is sure any more, which is told.
 MAX_EFFORT: Final = 100_000_000
 _AROUND: Final = frozenset({"diff.allows", "diff.asks", "diff.unasked"})
+_ANY: Final = AnyValue()
 # What is read as the second kind is also checked as the first.
 _STRICTER: Final = frozenset({(Kind.SCALAR, Kind.TEXT), (Kind.SCALAR, Kind.NUMBER)})
 
@@ -177,9 +179,12 @@ def _tool_names(policies: Sequence[Policy]) -> tuple[list[str], bool]:
     """Return every tool that is named, and one more for each way to meet the wildcards."""
     names = {name for policy in policies for name in policy.tools}
     patterns = sorted({item.pattern.pattern for policy in policies for item in policy.wildcards})
+    listed = {one.pattern for policy in policies for one in policy.trace.irreversible}
+    names |= {name for name in listed if not is_wildcard(name)}
     if not patterns:
         return sorted(names), True
     ours = Language([pattern for word in sorted(RESERVED) for pattern in ((word,), (word, "**"))])
+    patterns += sorted(name for name in listed if is_wildcard(name))
     languages = [Language([tuple(pattern.split("."))]) for pattern in patterns]
     found, sure = classes([*languages, ours])
     fresh = {".".join(path) for path in found}
@@ -209,16 +214,26 @@ def _kinds(old: Judged, new: Judged, tool: str, role: str | None) -> Iterator[Wi
     for name, argument in before.arguments.items():
         known = after.arguments.get(name)
         kind = known.kind if known else Kind.JSON
-        # What may be anything is taken as it stands, so any other reading refuses more; but where
-        # its name is known no longer, another spelling of it passes for another argument.
-        if known is not None and argument.kind in (kind, Kind.JSON):
+        # What may be anything is taken as it stands, then as now: no rule says what it is.
+        if argument.kind in (kind, Kind.JSON) or (argument.kind, kind) in _STRICTER:
             continue
-        if (argument.kind, kind) in _STRICTER:
+        if known is None or not _is_judged(new, tool, name):
             continue
         rule = next((one for one in grants if scope.granted(one, name) is not None), None)
         if rule is not None:
             message = f"{tool}: {name!r} is no longer read as a {argument.kind}, but as a {kind}"
             yield _at(rule, Widening(code="diff.kind", message=message, role=role, tool=tool))
+
+
+def _is_judged(policy: Judged, tool: str, name: str) -> bool:
+    """Tell whether some rule says more of an argument than that it may be anything."""
+    found = (part.rules_of(tool) for part in policy.parts)
+    return any(
+        not isinstance((rule.matchers or {}).get(name, _ANY), AnyValue)
+        for rules in found
+        if rules is not None
+        for rule in rules.all
+    )
 
 
 def _tell(sides: Sides, old: Policy | None, new: Policy, tool: str, doubt: Doubt) -> Widening:
@@ -256,6 +271,7 @@ def _message(doubt: Doubt, case: Case | None) -> str:
         "diff.unasked": f"{rule} allows what was asked about",
         "diff.profile": f"{rule} lets a call run with more than {focus} did",
         "diff.bounds": f"{rule} grants calls that the rate or budget of {focus} counted",
+        "diff.reversible": f"{rule} lets a call that {focus} marked irreversible run unsigned",
         "diff.joined": "programs that had two profiles may run as one shell text",
     }[doubt.code]
     if focus and doubt.code in _AROUND:

@@ -116,9 +116,16 @@ def _counts_less(before: Decision | None, after: Decision) -> bool:
     )
 
 
+def _runs_unsigned(before: Decision | None, after: Decision) -> bool:
+    if before is None or Effect.DENY in (before.effect, after.effect):
+        return False
+    return before.irreversible and not after.irreversible
+
+
 _SHOWS: Final[Mapping[str, Callable[[Decision | None, Decision], bool]]] = {
     "diff.profile": _runs_with_more,
     "diff.bounds": _counts_less,
+    "diff.reversible": _runs_unsigned,
 }
 
 

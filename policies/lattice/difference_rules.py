@@ -15,7 +15,7 @@ from safeconduct.call import Effect, Profile
 from safeconduct.policies.binding import Rule, ToolRules
 from safeconduct.policies.match import Argv
 from safeconduct.policies.rules import Policy
-from safeconduct.policies.signatures import Signature
+from safeconduct.policies.signatures import Kind, Signature
 
 from .profiles import profile_within
 from .rules import Scope, as_restriction, bound_within
@@ -84,6 +84,7 @@ def doubts(old: Policy | None, new: Policy, tool: str) -> list[Doubt]:
         comparison.allowed(),
         comparison.profiles(),
         comparison.bounds(),
+        comparison.reversible(tool),
         comparison.joined() if rules.signature.as_text is not None else (),
     )
     return list(found)
@@ -181,13 +182,14 @@ class _Comparison:
         for was in self._was_granted.all:
             before = self._old.profile_of(was)
             wider = [one for one in by_profile if not self._is_within(one, before)]
-            held = not wider or self._holds_profile(was, before, was)
+            holders = self._holders(was, before) if wider else []
             for grant in (rule for profile in wider for rule in by_profile[profile]):
                 if grant.effect is Effect.ASK:
                     alike = self._asked_alike(grant, was, before)
                 else:
                     # What was asked about is what `allowed` speaks of.
-                    alike = held or was.effect is Effect.ASK
+                    alike = any(self._is_held(rule, was, grant) for rule in holders)
+                    alike = alike or was.effect is Effect.ASK
                     alike = alike or self._scope.apart(grant, was, grants=True)
                     alike = alike or self._holds_profile(was, before, grant)
                 if not alike:
@@ -198,14 +200,64 @@ class _Comparison:
         return any(
             self._scope.grant_covers(rule, grant)
             and self._is_within(self._new.profile_of(rule), before)
+            and self._is_held(rule, was, grant)
             for rule in self._allow.near(was)
+        )
+
+    def _holders(self, was: Rule, before: Profile) -> list[Rule]:
+        """Return the new allows that give all of an old rule no more than its profile."""
+        return [
+            rule
+            for rule in self._allow.near(was)
+            if self._scope.grant_covers(rule, was)
+            and self._is_within(self._new.profile_of(rule), before)
+        ]
+
+    def _is_held(self, holder: Rule, was: Rule, grant: Rule) -> bool:
+        """Tell whether a rule's profile counts wherever an old rule's did, and another one grants.
+
+        A grant covers nothing that its own profile hides: there its profile does not count.
+        """
+        return self._shows(holder, grant) and self._stays(holder, was, grant)
+
+    def _stays(self, holder: Rule, was: Rule, grant: Rule) -> bool:
+        """Tell whether what a rule hides, the old one hid or the other one hides too."""
+        hidden = {*self._new.profile_of(holder).hide}
+        names = self._paths_of(holder)
+        if self._old is None or not (hidden and names):
+            return True
+        for policy, rule in ((self._old, was), (self._new, grant)):
+            if names <= self._paths_of(rule):
+                hidden.difference_update(policy.profile_of(rule).hide)
+        return not hidden
+
+    def _paths_of(self, rule: Rule) -> set[str]:
+        """Return the arguments in which a profile may hide what a rule grants (hiding.py)."""
+        signature = self._scope.signature
+        if signature.closed:
+            return {*signature.paths}
+        matchers = rule.matchers or {}
+        return {name for name in matchers if matchers[name].kind is Kind.PATH}
+
+    def _shows(self, holder: Rule, grant: Rule) -> bool:
+        """Tell whether a rule grants what another one does, also of what its own profile hides.
+
+        What it hides the other one alone grants then, which is nothing new where an old rule did.
+        """
+        hidden = {*self._new.profile_of(holder).hide}
+        shown = {*self._new.profile_of(grant).hide}
+        if hidden <= shown or not self._scope.signature.paths:
+            return True
+        old = self._old
+        return old is not None and any(
+            {*old.profile_of(was).hide} <= shown and self._scope.grant_covers(was, grant)
+            for was in self._was_granted.near(grant)
         )
 
     def _asked_alike(self, ask: Rule, was: Rule, before: Profile) -> bool:
         """Tell whether what an ask lets run was surely judged with the old rule's profile or less.
 
-        Rules that ask decide alone where one of them grants (decision.py): so an old allow did
-        not count where an old ask granted the same.
+        It runs with what every ask and every grant gives (decision.py).
         """
         scope = self._scope
         if scope.restrictions_apart(ask, was):
@@ -219,17 +271,14 @@ class _Comparison:
             for rule in self._ask.near(was)
         ):
             return True
-        return (
-            was.effect is Effect.ALLOW
-            and any(scope.grant_covers(rule, ask) for rule in self._was_ask.near(ask))
-            and (scope.grants_what_it_restricts(ask) or self._grants_within(was, before))
-        )
+        return was.effect is Effect.ALLOW and self._grants_within(was, before, ask)
 
-    def _grants_within(self, was: Rule, before: Profile) -> bool:
+    def _grants_within(self, was: Rule, before: Profile, ask: Rule) -> bool:
         """Tell whether a new grant gives all of an old one, and no more than its profile."""
         return any(
             self._is_within(self._new.profile_of(rule), before)
             and self._scope.grant_covers(rule, was)
+            and self._is_held(rule, was, ask)
             for rule in chain(self._allow.near(was), self._ask.all)
         )
 
@@ -247,7 +296,8 @@ class _Comparison:
                     rule
                     for rule in chain(self._allow.near(was), self._ask.all)
                     if any(bound_within(one, bound) for one in rule.bounds)
-                    and self._decides(rule, was)
+                    # An ask counts also what it does not grant.
+                    and (rule.effect is Effect.ASK or was.effect is Effect.ALLOW)
                 ]
                 left = [self._uncounted(was, rule) for rule in counting[:MAX_COUNTING]]
                 # One rule must count them all: two of them would each have the whole amount.
@@ -255,6 +305,24 @@ class _Comparison:
                     first = self._uncounted(was, None) if not left else left[0]
                     if first is not None:
                         yield Doubt(code="diff.bounds", rule=first, focus=was)
+
+    def reversible(self, tool: str) -> Iterator[Doubt]:
+        """Yield where a Call may run unsigned that was marked irreversible."""
+        if self._old is None or self._new.trace.is_irreversible(tool):
+            return
+        listed = self._old.trace.is_irreversible(tool)
+        marked = [rule for rule in self._allow.all + self._ask.all if rule.irreversible]
+        for was in self._was_granted.all:
+            if not (listed or was.irreversible):
+                continue
+            # Whatever of the rules that grant a Call says so, it is.
+            if any(self._scope.grant_covers(rule, was) for rule in marked):
+                continue
+            for grant in self._grants:
+                if not self._scope.apart(grant, was, grants=True) and not any(
+                    self._scope.grant_covers(rule, grant) for rule in marked
+                ):
+                    yield Doubt(code="diff.reversible", rule=grant, focus=was)
 
     def _uncounted(self, was: Rule, by: Rule | None) -> Rule | None:
         """Return a grant of Calls that an old rule counted and a new one perhaps does not."""
@@ -266,16 +334,6 @@ class _Comparison:
             ):
                 return grant
         return None
-
-    def _decides(self, rule: Rule, was: Rule) -> bool:
-        """Tell whether a new rule surely counts what it matches and an old one counted."""
-        if rule.effect is Effect.ASK:
-            return True
-        return was.effect is Effect.ALLOW and all(
-            self._scope.apart(rule, ask, grants=True)
-            or any(self._scope.grant_covers(old, ask) for old in self._was_ask.near(ask))
-            for ask in self._ask.all
-        )
 
     def joined(self) -> Iterator[Doubt]:
         """Yield where two programs that had two profiles may now run as one text (commands.py)."""

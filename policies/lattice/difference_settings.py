@@ -9,14 +9,19 @@ from safeconduct.call import Effect, Profile, Tier
 from safeconduct.policies.rules import Judged, Policy, Server
 
 from .profiles import profile_widenings
+from .trace import trace_gains
 
 # What is found here is known without an example.
-SETTINGS: Final = frozenset({"diff.require", "diff.server", "diff.server_profile", "diff.default"})
+SETTINGS: Final = frozenset(
+    {"diff.require", "diff.server", "diff.server_profile", "diff.default", "diff.trace"}
+)
 
 
 def settings(old: Judged, new: Judged) -> Iterator[tuple[str, str]]:
     """Yield the code and the message of each way in which the second policy gives more."""
     yield from _requirements(old, new)
+    for gain in trace_gains(old.trace, new.trace):
+        yield "diff.trace", gain
     yield from _servers(old, new)
     yield from _profiles(old, new)
 

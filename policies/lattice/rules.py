@@ -1,7 +1,8 @@
 """Policy lattice: rules of one tool held against each other. A yes is sure; a doubt is a no.
 
 A grant says what every argument may be, a restriction only what some of them are (binding.py).
-All comparisons are about canonical Documents of one signature.
+All comparisons are about Documents of one signature. A restriction also matches what is not of
+the kind that it judges, which no matcher says, so kinds are held against each other here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from safeconduct.call import Bound, Json
 from safeconduct.policies.binding import Rule, takes_lists
 from safeconduct.policies.match import AnyValue, Argv, Literals, Matcher, PathMatcher, UrlMatcher
 from safeconduct.policies.match_text import Email, Excluding, Host
-from safeconduct.policies.signatures import WORKSPACE_DEFAULT, Kind, Signature
+from safeconduct.policies.signatures import WORKSPACE_DEFAULT, Kind, Signature, fits
 
 from .argv import listed
 from .matchers import Only, disjoint, finite, intersect, subsumes
@@ -23,7 +24,6 @@ MAX_PIECES = 128
 _SINGLE_KINDS = frozenset(
     {Kind.PATH, Kind.NEW_PATH, Kind.URL, Kind.HOST, Kind.EMAIL, Kind.TEXT, Kind.NUMBER}
 )
-_TOOL_KINDS = frozenset({Kind.TOOL_PATH, Kind.TOOL_URL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +92,15 @@ class Scope:
 
     def _typed(self, name: str, matcher: Matcher) -> Matcher:
         """Leave of a few values those that a Document can hold: `3` is a number here, or a text."""
-        argument = self.signature.arguments.get(name)
+        # What the arguments of other tools are called checks nothing.
+        argument = self.signature.arguments.get(name) if self.signature.closed else None
         found = finite(matcher) if argument is not None else None
         if argument is None or found is None:
             return matcher
         values = [one for one in found if matcher.matches(one)]
         if argument.kind is Kind.NUMBER:
             typed = [one for one in values if _is_number(one)]
-        elif argument.kind in _SINGLE_KINDS | _TOOL_KINDS:
+        elif argument.kind in _SINGLE_KINDS:
             typed = [one for one in values if isinstance(one, str)]
         else:
             return matcher
@@ -138,12 +139,12 @@ class Scope:
         if isinstance(wide, AnyValue):
             return True
         # Of a list, all elements are as the grant says and one is as the restriction says.
+        other = restricting(narrow).get(name) if narrow else None
+        if other is not None and not self._binds_as_widely(wide, other):
+            other = None
         bounds = [
             matcher
-            for matcher in (
-                self.granted(grant, name) if grant else None,
-                restricting(narrow).get(name) if narrow else None,
-            )
+            for matcher in (self.granted(grant, name) if grant else None, other)
             if matcher is not None
             and not isinstance(matcher, AnyValue)
             and self.alike(name, wide, matcher)
@@ -152,6 +153,21 @@ class Scope:
             return False
         narrowest = bounds[0] if len(bounds) == 1 else intersect(*bounds)
         return subsumes(wide, self._typed(name, narrowest))
+
+    def _binds_as_widely(self, wide: Matcher, narrow: Matcher) -> bool:
+        """Tell whether what one restriction cannot judge, the other cannot judge either."""
+        if self.signature.closed or wide.kind is narrow.kind or narrow.kind is Kind.JSON:
+            return True
+        return narrow.kind is Kind.SCALAR and wide.kind in (Kind.TEXT, Kind.NUMBER)
+
+    def _judges_all(self, restriction: Matcher, grant: Matcher) -> bool:
+        """Tell whether a restriction can judge every value that a grant takes."""
+        if self.signature.closed or restriction.kind in (grant.kind, Kind.JSON):
+            return True
+        values = finite(grant)
+        if values is not None:
+            return all(fits(restriction.kind, one) for one in values if grant.matches(one))
+        return restriction.kind is Kind.SCALAR and grant.kind in (Kind.TEXT, Kind.NUMBER)
 
     def apart(self, grant: Rule, other: Rule, *, grants: bool) -> bool:
         """Tell whether surely no Call is granted by one rule and matched by another.
@@ -167,32 +183,23 @@ class Scope:
         if mine is None or theirs is None:
             # Absent on one side, so they are apart where the other side must have it.
             rule = other if mine is None else grant
-            return name in (rule.matchers or {})
+            # A restriction also binds where another name may be taken for the one it judges.
+            alike = not grants and mine is None and _names_alike(name, grant)
+            return name in (rule.matchers or {}) and not alike
         if AnyValue in (type(mine), type(theirs)):
+            return False
+        if not grants and not self._judges_all(theirs, mine):
             return False
         return self.alike(name, mine, theirs) and disjoint(mine, theirs)
 
     def restrictions_apart(self, one: Rule, other: Rule) -> bool:
         """Tell whether surely no Call is matched by two restrictions."""
         mine, theirs = restricting(one), restricting(other)
-        return any(
+        # Of other tools, what neither of the two can judge is matched by both.
+        return self.signature.closed and any(
             (self.single(name) or (takes_lists(mine[name]) and takes_lists(theirs[name])))
             and disjoint(mine[name], theirs[name])
             for name in mine.keys() & theirs.keys()
-        )
-
-    def grants_what_it_restricts(self, ask: Rule) -> bool:
-        """Tell whether an ask surely grants whatever it asks about."""
-        if ask.when is not None or ask.restricting is not None:
-            return False
-        if ask.matchers is None:
-            return True
-        if not ask.rest and not self.signature.closed:
-            return False
-        unnamed = self.signature.arguments.keys() - ask.matchers.keys()
-        open_ended = ask.rest or all(self.signature.arguments[name].free for name in unnamed)
-        return open_ended and all(
-            self.single(name) or takes_lists(matcher) for name, matcher in ask.matchers.items()
         )
 
     def pieces(self, rule: Rule) -> Iterator[Rule]:
@@ -219,6 +226,10 @@ class Scope:
             replace(rule, matchers={**(rule.matchers or {}), name: part})
             for part in split((rule.matchers or {})[name])
         ]
+
+
+def _names_alike(name: str, grant: Rule) -> bool:
+    return any(name.casefold() == other.casefold() for other in grant.matchers or {})
 
 
 def restricting(rule: Rule) -> Mapping[str, Matcher]:

@@ -61,6 +61,9 @@ def _items(wide: Form, narrow: Form, *, restricts: bool) -> bool:
 
 def _members(wide: Form, narrow: Form, *, restricts: bool) -> bool:
     open_ = narrow.open or restricts
+    names = {*wide.properties, *narrow.properties}
+    if len({name.casefold() for name in names}) < len(names):
+        return False
     if not wide.required <= narrow.required or (open_ and not (wide.open or restricts)):
         return False
     for name, form in narrow.properties.items():
@@ -68,7 +71,10 @@ def _members(wide: Form, narrow: Form, *, restricts: bool) -> bool:
         if covering is None or not _subsumes(covering, form, restricts=restricts):
             return False
     others = wide.properties.keys() - narrow.properties.keys()
-    return not open_ or all(wide.properties[name] == _ANY for name in others)
+    if restricts:
+        return all(wide.properties[name] == _ANY for name in others)
+    # What it names it takes in no other case, whatever the value is.
+    return not (open_ and others)
 
 
 def spelled(text: str) -> Iterator[Json]:

@@ -25,6 +25,7 @@ from safeconduct.policies.capability import covers
 from safeconduct.policies.globs import hidden_by
 from safeconduct.policies.rules import Judged, Rule
 from safeconduct.policies.signatures import BUILT_IN
+from safeconduct.policies.trace_terms import most_durable
 
 from .form import Join, Redirect, Simple, write_shell
 from .paths import NULL_DEVICE
@@ -157,6 +158,8 @@ def judge_commands(policy: Judged, document: Document, decide_one: DecideOne) ->
         rules=tuple(sorted({rule for verdict in verdicts for rule in verdict.rules})),
         profile=profile,
         obligations=_sum(verdicts),
+        durability=most_durable(verdict.durability for verdict in verdicts),
+        irreversible=any(verdict.irreversible for verdict in verdicts),
     )
 
 
@@ -227,6 +230,6 @@ def _denied(policy: Judged, code: str, why: str) -> Decision:
         policy=policy.version,
         code=code,
         reason=f"Denied ({code}): {why}.",
-        advice=_ADVICE[code],
+        advises=_ADVICE[code],
         enforcement=Enforcement.SANDBOX,
     )

@@ -40,12 +40,13 @@ class Verb:
 GROUPS = {
     "policy": "Check, test, compare and explain policies.",
     "trace": "List, read and verify traces.",
-    "keys": "Show and make log keys.",
+    "keys": "Show, make and rotate log keys.",
     "changes": "Look at what overlays hold, then commit it or roll it back.",
 }
 VERBS: Mapping[str, Verb] = {
     "init": Verb("init:init", "Write a first policy for a project."),
     "exec": Verb("execute:execute", "Run one program, judged and confined.", PASS_THROUGH),
+    "run": Verb("run:run", "Run a whole program, such as an agent, as one call.", PASS_THROUGH),
     "mcp": Verb("mcp:mcp", "Put a confined MCP server behind the policy.", PASS_THROUGH),
     "call": Verb("call:call", "Run one call of a tool."),
     "policy check": Verb("policy_check:check", "Say what is wrong or doubtful about a policy."),
@@ -60,9 +61,19 @@ VERBS: Mapping[str, Verb] = {
     "trace ls": Verb("trace_ls:list_traces", "List your traces."),
     "trace show": Verb("trace_show:show", "Tell what a trace recorded."),
     "trace verify": Verb("trace_verify:verify", "Verify a trace with a key you bring."),
+    "trace prove": Verb("trace_prove:prove", "Prove that one entry is in the signed log."),
+    "trace verify-proof": Verb(
+        "trace_verify_proof:verify_proof", "Check a proof, a session bundle or a statement."
+    ),
+    "trace export": Verb("trace_export:export", "Hand a trace on, or one session of it."),
+    "trace erase": Verb("trace_erase:erase", "Destroy what a session can be opened with."),
     "replay": Verb("replay:replay", "Judge recorded calls again by another policy."),
     "keys show": Verb("keys:show", "Print the public line of your log key."),
     "keys new": Verb("keys:new", "Make a log key in a new file."),
+    "keys rotate": Verb("keys:rotate", "Hand over to a new log key and destroy the old one."),
+    "keys unlock": Verb("keys:unlock", "Keep your log key's passphrase for a while."),
+    "keys lock": Verb("keys:lock", "Forget your log key's passphrase."),
+    "witness": Verb("witness:witness", "Cosign the logs of others, so that none is forked."),
     "changes ls": Verb("changes:list_changes", "List changes that wait for a decision."),
     "changes diff": Verb("changes:diff", "Show what a set of changes does."),
     "changes commit": Verb("changes:commit_changes", "Apply a set of changes to its workspace."),

@@ -23,7 +23,6 @@ from .options import (
     WorkspaceOption,
 )
 from .outcome import (
-    Output,
     announce,
     error_code,
     error_json,
@@ -33,6 +32,7 @@ from .outcome import (
     tell_changes,
     tell_refused,
 )
+from .output import Output
 from .signals import Termination
 from .source import parse_arguments, parse_source, read_source
 from .terminal import print_json, printable, tell, tell_error
@@ -61,11 +61,10 @@ def call(
     given = _arguments(arguments)
     from safeconduct.runtime.supervisor import Runtime  # --help needs none of it
 
-    sink = None if as_json or tool != "shell.run" else Output().show
+    streams_out = tool == "shell.run" and not as_json
     try:
-        with (
-            Termination() as termination,
-            Runtime.from_policy(
+        with Output() as output, Termination() as termination:
+            with Runtime.from_policy(
                 policy,
                 workspace=workspace,
                 trace=trace,
@@ -74,12 +73,15 @@ def call(
                 explain=explain,
                 role=role,
                 observe=observe,
-            ) as runtime,  # fmt: skip
-        ):
-            announce(runtime, explicit=policy is not None)
-            made = runtime.new_call(tool, given, origin="call")
+                tell=tell,
+            ) as runtime:
+                announce(runtime, explicit=policy is not None)
+                made = runtime.new_call(tool, given, origin="call")
+                with termination.interrupting():
+                    result = runtime.perform(made, sink=output.show if streams_out else None)
+            # The Trace is signed by now, however long somebody takes to read.
             with termination.interrupting():
-                result = runtime.perform(made, sink=sink)
+                result = output.deliver(result)
     except Error as error:
         if as_json:
             print_json(error_json(error, error_code(error)))
@@ -95,7 +97,7 @@ def call(
     if as_json:
         streams = {"stdout": output_json(result.stdout), "stderr": output_json(result.stderr)}
         print_json({**outcome_json(result, code), **streams})
-    elif sink is None:
+    elif not streams_out:
         _print_value(result)
     return code
 
@@ -116,7 +118,9 @@ def _print_value(outcome: Outcome) -> None:
         tell("the result is cut at its limit", "raise limits.output of the profile")
     if outcome.stdout or isinstance(outcome.value, str):
         data = outcome.stdout or str(outcome.value).encode()
-        Output().show("stdout", data)
+        with Output() as output:
+            output.show("stdout", data)
+            output.deliver(outcome)
         if sys.stdout.isatty() and not data.endswith(b"\n"):
             print()
     elif isinstance(outcome.value, list):

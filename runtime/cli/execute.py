@@ -6,7 +6,6 @@ import os
 import stat
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,21 +13,25 @@ import typer
 from safeconduct.call import Json
 from safeconduct.errors import Error
 
-from .options import ExplainOption, PolicyOption, TierOption, TraceOption, WorkspaceOption
+from .options import (
+    ExplainOption,
+    OutcomeOption,
+    PolicyOption,
+    TierOption,
+    TraceOption,
+    WorkspaceOption,
+)
 from .outcome import (
     OutcomeFile,
-    Output,
     announce,
     error_code,
     error_json,
-    exit_code,
-    outcome_json,
-    tell_changes,
-    tell_refused,
+    tell_end,
 )
+from .output import Output
 from .signals import Termination
 from .source import SOURCE_BYTES_MAX, UsageError
-from .terminal import tell_error
+from .terminal import tell, tell_error
 
 
 def execute(
@@ -38,10 +41,7 @@ def execute(
     trace: TraceOption = None,
     tier: TierOption = None,
     explain: ExplainOption = False,
-    outcome: Annotated[
-        Path | None,
-        typer.Option("--outcome", help="Write how the call ended to this file, as JSON."),
-    ] = None,
+    outcome: OutcomeOption = None,
 ) -> int:
     """Judge, confine and record one program; exits with its own code.
 
@@ -52,31 +52,33 @@ def execute(
     arguments: dict[str, Json] = {"argv": list(command)}
     if stdin := _redirected():
         arguments["stdin"] = stdin
-    written = OutcomeFile(outcome)
     from safeconduct.runtime.supervisor import Runtime  # --help needs none of it
 
-    try:
-        with (
-            Termination() as termination,
-            Runtime.from_policy(
-                policy, workspace=workspace, trace=trace, tier=tier, origin="exec", explain=explain
-            ) as runtime,
-        ):
-            announce(runtime, explicit=policy is not None)
-            call = runtime.new_call("shell.run", arguments, origin="exec")
-            with termination.interrupting():
-                result = runtime.perform(call, sink=Output().show)
-    except Error as error:
-        tell_error(error)
-        written.write(error_json(error, error_code(error)))
-        return error_code(error)
-    # What a session's overlay held is kept when the session ends.
-    result = replace(result, changes=(*result.changes, *runtime.kept))
-    tell_refused(result)
-    tell_changes(result.changes)
-    code = exit_code(result)
-    written.write(outcome_json(result, code))
-    return code
+    with OutcomeFile(outcome) as written:
+        try:
+            with Output() as output, Termination() as termination:
+                with Runtime.from_policy(
+                    policy,
+                    workspace=workspace,
+                    trace=trace,
+                    tier=tier,
+                    origin="exec",
+                    explain=explain,
+                    tell=tell,
+                ) as runtime:
+                    announce(runtime, explicit=policy is not None)
+                    call = runtime.new_call("shell.run", arguments, origin="exec")
+                    with termination.interrupting():
+                        result = runtime.perform(call, sink=output.show)
+                # The Trace is signed by now, however long somebody takes to read.
+                with termination.interrupting():
+                    result = output.deliver(result)
+        except Error as error:
+            tell_error(error)
+            written.write(error_json(error, error_code(error)))
+            return error_code(error)
+        # What a session's overlay held is kept when the session ends.
+        return tell_end(replace(result, changes=(*result.changes, *runtime.kept)), written)
 
 
 def _redirected() -> str:

@@ -244,14 +244,18 @@ def _wasm(*, used: bool) -> Layer:
 
 
 def _signer() -> Layer:
-    from safeconduct.attestation.signer import ISOLATION
+    from safeconduct.attestation.signing.signer import ISOLATION, ISOLATION_USER
+    from safeconduct.runtime.signing import has_own_user
 
+    if has_own_user(os.environ):
+        note = f"isolation: {ISOLATION_USER}; its own process under a user id of its own"
+        return Layer(name="signer", available=True, used=True, note=note, get="")
     return Layer(
         name="signer",
         available=True,
         used=True,
         note=f"isolation: {ISOLATION}; its own process under your user id",
-        get="a user id of its own for the signer is not in this version",
+        get="a user id of its own, for ordinary users: safeconduct setup",
     )
 
 

@@ -46,6 +46,10 @@ ObserveOption = Annotated[
         help="Record what no rule grants, and run it all the same in the default profile.",
     ),
 ]
+OutcomeOption = Annotated[
+    Path | None,
+    typer.Option("--outcome", help="Write how the call ended to this file, as JSON."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TraceArgument = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace folder, or a name from `trace ls`.")

@@ -1,12 +1,13 @@
-"""How a Call ended, as `exec` and `call` tell it: an exit code, JSON, and output that streams."""
+"""How a Call ended, as `exec`, `run` and `call` tell it: an exit code, JSON and a file of it."""
 
 from __future__ import annotations
 
-import codecs
+import errno
 import json
 import os
+import secrets
+import signal
 import stat
-import sys
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,12 +18,13 @@ from safeconduct.call import KeptChanges, Outcome
 from safeconduct.errors import Denied, Error, Exit, LimitExceeded, ToolFailed
 
 from .source import UsageError
-from .terminal import printable, tell
+from .terminal import tell
 
 if TYPE_CHECKING:
     from safeconduct.runtime.supervisor import Runtime
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def exit_code(outcome: Outcome) -> int:
@@ -61,6 +63,15 @@ def tell_changes(changes: Sequence[KeptChanges]) -> None:
         )
 
 
+def tell_end(outcome: Outcome, written: OutcomeFile) -> int:
+    """Tell and write how a program ended, and return the code that says so."""
+    tell_refused(outcome)
+    tell_changes(outcome.changes)
+    code = exit_code(outcome)
+    written.write(outcome_json(outcome, code))
+    return code
+
+
 def error_code(error: Error) -> int:
     """Return the code of a Call without an Outcome."""
     if isinstance(error, ToolFailed) and error.code == "tool.not_found":
@@ -90,6 +101,24 @@ def error_json(error: Error, code: int) -> dict[str, object]:
     return found
 
 
+def _broken_json(error: BaseException) -> dict[str, object]:
+    """Return what ended us before the Call's own end could be told, as plain JSON."""
+    if isinstance(error, Error):
+        return error_json(error, error_code(error))
+    code, word = int(Exit.BUG), "bug"
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        code, word = error.code, "interrupted"
+    elif isinstance(error, KeyboardInterrupt):
+        code, word = Exit.SIGNAL + signal.SIGINT, "interrupted"
+    elif isinstance(error, BrokenPipeError):
+        code, word = Exit.SIGNAL + signal.SIGPIPE, "output.unread"
+    elif isinstance(error, OSError):
+        code, word = int(Exit.FAILURE), "system"
+    said = str(error) or type(error).__name__
+    told = {"code": word, "message": said if word != "interrupted" else "Ended by a signal."}
+    return {"ok": False, "status": "error", "exit": int(code), "error": told}
+
+
 def output_json(data: bytes) -> dict[str, str]:
     """Return output as text where it is UTF-8, else in base64."""
     try:
@@ -99,56 +128,83 @@ def output_json(data: bytes) -> dict[str, str]:
 
 
 class OutcomeFile:
-    """The file that tells apart what exit codes cannot. Made before anything runs.
+    """The file that tells apart what exit codes cannot; a context manager.
 
-    It may lie in a folder that an agent writes to, so no link is followed and only a plain file
-    with one name is replaced. Without a path nothing is written.
+    Made before anything runs, and written when all that ran is gone. It may lie in a folder that
+    an agent writes to and there replaces, links or still holds open what we made: so its name is
+    given to another file, which nobody else has seen, once that one is whole. Whatever ends the
+    block, the file says so. Without a path nothing is written.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._fd = -1 if path is None else _open(path)
+        self._path = path
+        self._folder, self._mode = (-1, 0) if path is None else _open(path)
+
+    def __enter__(self) -> OutcomeFile:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self.write(_broken_json(error))
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
 
     def write(self, value: dict[str, object]) -> None:
-        """Write the one document and close the file."""
-        if self._fd < 0:
+        """Write the one document; only the first one counts."""
+        path, self._path = self._path, None
+        if path is None:
             return
-        with os.fdopen(self._fd, "w", encoding="ascii") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-        self._fd = -1
+        try:
+            _replace(path, self._folder, self._mode, (json.dumps(value, indent=2) + "\n").encode())
+        except OSError as error:
+            raise Error(
+                f"--outcome {path}: {error.strerror}",
+                code="outcome.unwritten",
+                hint="what lies there is not ours; name a file that the program cannot write",
+            ) from error
 
 
-def _open(path: Path) -> int:
-    fd = -1
+def _open(path: Path) -> tuple[int, int]:
+    """Make or empty the file; return its folder and its mode. UsageError where it is no file."""
+    fd = folder = -1
     try:
-        fd = os.open(path, _FLAGS, 0o600)
+        folder = os.open(path.parent, _FOLDER)
+        fd = os.open(path.name, _FLAGS, 0o600, dir_fd=folder)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise ValueError("not a plain file with one name")
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
+            raise ValueError("its folder is not yours to write")
         os.ftruncate(fd, 0)
     except (OSError, ValueError) as error:
-        if fd >= 0:
-            os.close(fd)
+        if folder >= 0:
+            os.close(folder)
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"--outcome {path}: {why}", hint="name a plain file") from error
-    return fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return folder, stat.S_IMODE(status.st_mode) & 0o666
 
 
-class Output:
-    """Hands a program's output on as it comes: raw into files and pipes, escaped to a terminal."""
+def _replace(path: Path, folder: int, mode: int, data: bytes) -> None:
+    """Put a new file with ``data`` in the place of ``path``. Raises OSError; then nothing is new.
 
-    def __init__(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {name: decoder("backslashreplace") for name in ("stdout", "stderr")}
-
-    def show(self, stream: str, data: bytes) -> None:
-        """Write one piece of one stream."""
-        target = sys.stdout if stream == "stdout" else sys.stderr
-        if target.isatty():
-            target.write(printable(self._decoders[stream].decode(data), keep="\n\t"))
-        else:
-            target.flush()
-            target.buffer.write(data)
-        target.flush()
+    A folder that was moved away since it was opened is not what ``path`` names any more.
+    """
+    if not os.path.samestat(os.stat(path.parent), os.fstat(folder)):
+        raise OSError(errno.ESTALE, "its folder was replaced")
+    name = f".safeconduct-{secrets.token_hex(8)}"
+    fd = os.open(name, _FLAGS | os.O_EXCL, 0o600, dir_fd=folder)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
+        os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        os.unlink(name, dir_fd=folder)
+        raise
 
 
 def announce(runtime: Runtime, *, explicit: bool) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safeconduct.attestation.privacy.vault import Vault
 from safeconduct.errors import Denied
 from safeconduct.runtime.places import Places
 
@@ -20,6 +21,14 @@ def find_trace(name: str, environment: Mapping[str, str]) -> Path:
         return path
     kept = Places.of(environment).traces / name
     return kept if os.path.lexists(kept) else path
+
+
+def own_vault(environment: Mapping[str, str]) -> Vault | None:
+    """Return what opens this user's own traces, or None where there is none yet.
+
+    Raise TraceInvalid ``key.permissions`` where others could have it too.
+    """
+    return Vault.find(Places.of(environment).vault_key)
 
 
 def refuse_inside_sandbox(verb: str) -> None:

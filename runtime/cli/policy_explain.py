@@ -112,6 +112,9 @@ def _show(explanation: Explanation) -> None:
         print_line(f"  {name:<12} {clip(json.dumps(value), _VALUE_CHARACTERS)}")
     print_line(f"  enforcement  {decision.enforcement}")
     print_line(f"  policy       {decision.policy}")
+    if decision.effect is not Effect.DENY:
+        signed = ", and signed before it runs" if decision.irreversible else ""
+        print_line(f"  recorded     {decision.durability}{signed}")
     for bound in decision.obligations:
         print_line(f"  counts       {describe_bound(bound)} ({bound.id})")
     if decision.advice:

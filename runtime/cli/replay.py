@@ -17,7 +17,7 @@ from safeconduct.errors import Exit, TraceInvalid
 from safeconduct.policies import Judged, compile_elsewhere, read_policy_file
 
 from .options import JsonOption, TraceArgument
-from .places import find_trace
+from .places import find_trace, own_vault
 from .source import UsageError
 from .terminal import print_json, print_line, print_table, tell
 
@@ -68,7 +68,7 @@ def judge_again(trace: Path, policy: Path, workspace: Path | None) -> tuple[Repl
     if next(read_entries(trace), None) is None:
         raise TraceInvalid(f"{trace} has no entries", code="trace.missing")
     judged = _policy(policy, workspace or _recorded_workspace(trace))
-    return replay_policy(trace, judged), judged.version
+    return replay_policy(trace, judged, vault=own_vault(os.environ)), judged.version
 
 
 def _policy(file: Path, workspace: Path) -> Judged:
@@ -79,7 +79,7 @@ def _policy(file: Path, workspace: Path) -> Judged:
 def _recorded_workspace(trace: Path) -> Path:
     """Return the one workspace that the recorded calls were for."""
     found: set[str] = set()
-    for _, entry, opened in read_opened(trace):
+    for _, entry, opened in read_opened(trace, vault=own_vault(os.environ)):
         document = opened.get("document")
         if entry.kind is EntryKind.CALL_INTENT and isinstance(document, Opening):
             found |= _workspace(document)

@@ -17,6 +17,7 @@ from safeconduct.runtime.sandbox.executable import launcher_path
 from .options import JsonOption
 from .places import refuse_inside_sandbox
 from .setup_apply import Change, perform, take_back
+from .setup_signer import signer_step
 from .setup_steps import State, Step, steps
 from .source import UsageError
 from .terminal import print_json, print_line, tell
@@ -44,11 +45,11 @@ def setup(
     real = root == Path("/")
     if (apply or undo) and real and os.geteuid() != 0:
         raise Error("This needs root.", code="setup.root", hint=f"run it as: {_sudo(undo)}")
-    found = steps(root, Path(os.path.realpath(launcher_path())))
+    found = _steps(root)
     changed: list[str] = []
     if apply or undo:
         changed = _change(found, perform if apply else take_back, root, real=real)
-        found = steps(root, Path(os.path.realpath(launcher_path())))
+        found = _steps(root)
     if as_json:
         shown = [_json(step) for step in found]
         print_json({"version": _VERSION, "changed": changed, "steps": shown})
@@ -58,6 +59,10 @@ def setup(
     else:
         _show(found)
     return Exit.OK
+
+
+def _steps(root: Path) -> list[Step]:
+    return [*steps(root, Path(os.path.realpath(launcher_path()))), signer_step(root)]
 
 
 def _change(found: Sequence[Step], change: Change, root: Path, *, real: bool) -> list[str]:

@@ -61,7 +61,6 @@ def steps(root: Path, launcher: Path) -> list[Step]:
         _namespaces(root, read_knobs(root)),
         _apparmor(root, read_knobs(root), launcher),
         _delegation(root),
-        _signer(),
     ]
 
 
@@ -252,8 +251,3 @@ def _delegation(root: Path) -> Step:
         undo=reload,
         warning="it counts from the next login of each user",
     )
-
-
-def _signer() -> Step:
-    why = "a user id of its own for the signer is not in this version: it runs under yours"
-    return Step(name="signer user", state=State.NOT_NEEDED, why=why)

@@ -18,7 +18,7 @@ from safeconduct.errors import Exit, TraceInvalid
 
 from .options import JsonOption, TraceArgument
 from .outcome import output_json
-from .places import find_trace
+from .places import find_trace, own_vault
 from .source import UsageError
 from .terminal import clip, print_line, tell
 from .trace_ls import clock
@@ -40,6 +40,9 @@ _STORY: Mapping[EntryKind, str] = {
     " profile {profile}",
     EntryKind.CALL_OUTCOME: "{call} {ending}",
     EntryKind.APPROVAL: "{call} {answer} by {by}",
+    EntryKind.KEY_ROTATE: "from {old} to {new}",
+    EntryKind.REDACTION: "{what} of session {session} erased by {by}",
+    EntryKind.HEARTBEAT: "{sessions} sessions and {calls} calls are open",
     EntryKind.LOG_RECOVERED: "{dropped_bytes} bytes lost; {calls} calls were open",
     EntryKind.SESSION_CLOSE: "{status}",
 }
@@ -62,9 +65,9 @@ def show(
     """
     path = find_trace(trace, os.environ)
     tell("nothing here is verified", f"safeconduct trace verify {path}")
-    shown = 0
+    shown, vault = 0, own_vault(os.environ)
     try:
-        steps = _wanted(read_opened(path), session, call)
+        steps = _wanted(read_opened(path, vault=vault), session, call)
         shown = _print_json(steps) if as_json else _print_story(steps)
     except TraceInvalid as error:
         tell(f"{error.message} [{error.code}]", "name a trace folder, or a name from: trace ls")

@@ -131,6 +131,14 @@ class Channel:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
+    def forward(self, number: int) -> None:
+        """Have the program and its process group sent a signal; may be called by a handler.
+
+        One that is gone gets none, and so does one whose line is full of signals.
+        """
+        with suppress(OSError):
+            self._socket.send(bytes([number]), socket.MSG_DONTWAIT)
+
     def receive(self, seconds: float | None = None) -> Exit:
         """Wait for the end of the program; ``seconds`` is for each message. Raises as ``next``."""
         while True:

@@ -51,12 +51,14 @@ NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns
 class Program:
     """What to run: ``argv``, its folder, its stdin bytes and additions to its environment.
 
-    ``descriptors`` become 3, 4, … of the program.
+    ``source`` is a descriptor that takes the place of the stdin bytes. ``descriptors`` become
+    3, 4, … of the program.
     """
 
     argv: Sequence[str]
     cwd: str
     stdin: bytes = b""
+    source: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     descriptors: Sequence[int] = ()
 
@@ -97,32 +99,41 @@ class NativeSandbox:
         sink: Sink | None = None,
         explain: bool = False,
         late: bool = False,
+        begun: Callable[[Running], object] | None = None,
     ) -> Outcome:
         """Run ``program`` to its end and return its Outcome; blocks.
 
-        ``sink`` receives output as it comes, within the limit. ``explain`` counts what seccomp
-        refuses. ``late`` takes a sandbox that was made without the profile's folders also where
-        one with them could wait; the first call of each kind does so anyway. Raises ToolFailed
+        ``sink`` receives output as it comes, within the limit, and ``begun`` the sandbox once it
+        was told its program. ``explain`` counts what seccomp refuses. ``late`` takes a sandbox
+        that was made without the profile's folders also where one with them could wait; the
+        first call of each kind does so anyway. Raises ToolFailed
         where there is no such program and SandboxFailed where the sandbox broke; then nothing is
         left running.
         """
         setting = self._stock.setting(profile, workspace, shield, program.cwd, explain=explain)
-        return _again_if_stale(lambda: self._run(call, program, setting, sink=sink, late=late))
+        return _again_if_stale(
+            lambda: self._run(call, program, setting, sink=sink, late=late, begun=begun)
+        )
 
     def _run(
-        self, call: str, program: Program, setting: Setting, *, sink: Sink | None, late: bool
-    ) -> Outcome:
+        self, call: str, program: Program, setting: Setting, *, sink: Sink | None, late: bool,
+        begun: Callable[[Running], object] | None,
+    ) -> Outcome:  # fmt: skip
         profile, explain = setting.profile, setting.explain
         given: dict[int, int] = dict(enumerate(program.descriptors, start=3))
-        if program.stdin:
+        if program.source is not None:
+            given[0] = program.source
+        elif program.stdin:
             given[0] = seccomp.memory_file(program.stdin)
         try:
             running = self._begin(program, setting, given, late=late)
         finally:
-            if program.stdin:
+            if program.stdin and program.source is None:
                 os.close(given[0])
         with ExitStack() as held:
             held.callback(running.close)
+            if begun is not None:
+                begun(running)
             running.pool.reach()
             capture = Capture(profile.limits.output_bytes, sink)
             refusals = _Listening(held, profile, self.program(profile)) if explain else None

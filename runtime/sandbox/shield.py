@@ -21,6 +21,7 @@ from pathlib import Path
 
 from safeconduct.call import Profile, WorkspaceMode
 from safeconduct.errors import SandboxFailed
+from safeconduct.mounts import Mounts, is_within
 
 from . import places
 from .witness import Witness
@@ -78,7 +79,8 @@ class Shields:
         self._workspace = workspace
         self._protected = tuple(protected)
         self._absent = tuple(absent)
-        self._frozen = tuple(frozen)
+        self._aliases = _aliases(absent)
+        self._frozen = (*frozen, *_aliases(frozen))
         self._workspace_fd = os.open(workspace, _FOLDER)
         self._lock = _share(lock) if lock is not None else None
         self._known: dict[Profile, _Raised] = {}
@@ -120,7 +122,7 @@ class Shields:
 
     def refuses(self, path: str) -> bool:
         """Tell whether an absolute path lies where no tool may look at all."""
-        return any(_within(path, folder) for folder in self._absent)
+        return any(is_within(path, folder) for folder in (*self._absent, *self._aliases))
 
     def freezes(self, path: str) -> bool:
         """Tell whether an absolute real path is a file that no tool may change."""
@@ -134,7 +136,7 @@ class Shields:
         witness = Witness()
         for path in (*kept, *absent, *(self._path(name) for name in names)):
             for root in (self._workspace, *profile.read, *profile.write):
-                if _within(path, root):
+                if is_within(path, root):
                     witness.add(root)
                     for folder in folders_between(root, path):
                         witness.add(folder)
@@ -156,14 +158,15 @@ class Shields:
         anchors = [
             folder
             for folder in _anchors(profile, held)
-            if not any(_within(folder, path) for path in kept)
+            if not any(is_within(folder, path) for path in kept)
         ]
         shield = Shield(protected=tuple(kept), hidden=tuple(hidden), anchors=tuple(anchors))
         return _Raised(shield=shield, free=free, witness=witness)
 
     def _refuse_absent_grants(self, profile: Profile) -> None:
+        # INVARIANT: what lies at an absent path is reached by no name but those that are hidden.
         for root in (*profile.read, *profile.write):
-            if self.refuses(root):
+            if self.refuses(root) or any(is_within(name, root) for name in self._aliases):
                 raise SandboxFailed(
                     f"The profile grants {root}, where keys or traces lie.",
                     step="shield",
@@ -172,14 +175,14 @@ class Shields:
 
     def _freeze(self, profile: Profile, path: str) -> bool:
         """Tell whether a frozen file lies where the profile may write; refuse links there."""
-        roots = [root for root in profile.write if _within(path, root)]
+        roots = [root for root in profile.write if is_within(path, root)]
         for root in roots:
             self._refuse_links(path, root)
         return bool(roots)
 
     def _exposed(self, profile: Profile, name: str) -> bool:
         path = self._path(name)
-        return any(_within(path, root) or _within(root, path) for root in profile.write)
+        return any(is_within(path, root) or is_within(root, path) for root in profile.write)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._workspace, name.rstrip("/"))
@@ -227,7 +230,7 @@ def _anchors(profile: Profile, held: Sequence[str]) -> tuple[str, ...]:
         folder
         for path in held
         for root in profile.write
-        if _within(path, root)
+        if is_within(path, root)
         for folder in folders_between(root, path)
         if os.path.isdir(folder)
     }
@@ -247,7 +250,7 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     found: list[str] = []
     # By components, a folder stands right before all that lies below it.
     for path in sorted(set(paths), key=lambda path: path.split("/")):
-        if not (found and _within(path, found[-1])):
+        if not (found and is_within(path, found[-1])):
             found.append(path)
     return found
 
@@ -272,7 +275,7 @@ def _is_last(lock: int) -> bool:
 
 
 def _granted(profile: Profile, path: str) -> bool:
-    return any(_within(path, root) for root in (*profile.read, *profile.write))
+    return any(is_within(path, root) for root in (*profile.read, *profile.write))
 
 
 def _find_hidden(profile: Profile, hides: Callable[[str], bool], witness: Witness) -> Iterator[str]:
@@ -311,5 +314,10 @@ def _too_many() -> SandboxFailed:
     )
 
 
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+def _aliases(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return the names outside of these that lead to them, or into them: bind mounts."""
+    if not paths:
+        return ()
+    mounts = Mounts()
+    names = {name for path in paths for name in mounts.names_below("/", path)}
+    return tuple(sorted(name for name in names if not any(is_within(name, path) for path in paths)))

@@ -26,7 +26,7 @@ from safeconduct.call import Call, Json
 from safeconduct.errors import Denied, ToolFailed
 
 # Names under these are built in.
-_RESERVED = frozenset({"fs", "http", "python", "shell", "wasm"})
+_RESERVED = frozenset({"agent", "fs", "http", "python", "shell", "wasm"})
 _NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
 _NAME_CHARACTERS_MAX = 128
 # LIMIT: bytes of one function's text.

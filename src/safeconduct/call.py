@@ -6,7 +6,7 @@ hold plain data only, and import nothing of ours, so any of them may cross a pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -89,10 +89,12 @@ class Held(StrEnum):
 class Durability(StrEnum):
     """When an Entry counts as written.
 
-    ``volatile``: handed to the kernel, survives a killed process. ``sync``: on disk (fdatasync).
+    ``volatile``: handed to the kernel, survives a killed process. ``batch``: on disk within some
+    milliseconds. ``sync``: on disk (fdatasync) before the call goes on.
     """
 
     VOLATILE = "volatile"
+    BATCH = "batch"
     SYNC = "sync"
 
 
@@ -106,6 +108,9 @@ class EntryKind(StrEnum):
     CALL_DECISION = "call.decision"
     CALL_OUTCOME = "call.outcome"
     APPROVAL = "approval"
+    KEY_ROTATE = "key.rotate"
+    REDACTION = "redaction"
+    HEARTBEAT = "heartbeat"
     LOG_RECOVERED = "log.recovered"
     SESSION_CLOSE = "session.close"
 
@@ -129,11 +134,16 @@ class Document:
 
     ``arguments`` are closed by the tool's signature, defaults filled: a path argument is the
     absolute path of the object it resolved to, a URL argument its WHATWG serialisation.
+
+    ``unfit`` names the arguments of a tool that is not ours which are not what the rules take
+    them for, each with the code and the sentence that say why; they stay as they were given. No
+    grant that judges one covers it, and every restriction that does binds.
     """
 
     tool: str
     arguments: Mapping[str, Json]
     workspace: str
+    unfit: Mapping[str, tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +265,10 @@ class Decision:
     """The judgement of one Document by one policy version.
 
     ``rules`` are the ids of the rules that decided, ``reason`` one sentence for the agent and
-    ``advice`` the smallest change that would allow it, which only the operator is shown.
-    ``obligations`` must be met before the Call runs. ``observed`` tells that it runs whatever
+    ``advice`` the smallest change that would allow it, which only the operator is shown: a text,
+    or in ``advises`` what writes it for those who read it.
+    ``obligations`` must be met before the Call runs. ``durability`` is how durable its intent is
+    then, and an ``irreversible`` one is signed too. ``observed`` tells that it runs whatever
     ``effect`` says, because the operator only observes.
     """
 
@@ -265,11 +277,19 @@ class Decision:
     code: str
     reason: str
     rules: tuple[str, ...] = ()
-    advice: str = ""
+    # Of two equal Decisions one may not have written it yet.
+    advises: str | Callable[[], str] = field(default="", compare=False, repr=False)
     profile: Profile | None = None
     enforcement: Enforcement = Enforcement.SANDBOX
     obligations: tuple[Bound, ...] = ()
+    durability: Durability = Durability.SYNC
+    irreversible: bool = False
     observed: bool = False
+
+    @property
+    def advice(self) -> str:
+        """Say what change would allow it, or where it was decided; empty where nobody knows."""
+        return self.advises if isinstance(self.advises, str) else self.advises()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

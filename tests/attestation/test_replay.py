@@ -51,14 +51,18 @@ def test_erased_and_false_openings_are_undecidable(trace: Path) -> None:
     assert len(replay_policy(trace, policy("$WS/**")).undecidable) == 4
 
 
-def decided(bench: Bench, body: dict[str, Json]) -> Path:
+def decided(
+    bench: Bench, body: dict[str, Json], document: Json = None, *, tool: str = "fs.read"
+) -> Path:
     """Write a trace of one call whose decision says ``body`` too."""
     signer = bench.signer()
     with closing(signer), TraceWriter.open(bench.trace, signer=signer) as writer:
         session = writer.open_session("local", "sdk")
-        document: Json = {"tool": "fs.read", "arguments": {"path": "/ws/a"}, "workspace": "/ws"}
+        document = document or {
+            "tool": tool, "arguments": {"path": "/ws/a"}, "workspace": "/ws",
+        }  # fmt: skip
         intent: dict[str, Json] = {
-            "call": "c", "tool": "fs.read", "caller": "helper", "origin": "sdk", "parent": None,
+            "call": "c", "tool": tool, "caller": "helper", "origin": "sdk", "parent": None,
         }  # fmt: skip
         decision: dict[str, Json] = {
             "call": "c", "effect": "allow", "code": "policy.allow", "rules": [],
@@ -112,3 +116,47 @@ def test_what_a_capability_alone_refused_is_not_judged(bench: Bench) -> None:
     trace = decided(bench, {"effect": "deny", "code": "capability.expired", "facts": FACTS})
     report = replay_policy(trace, policy("$WS/**"))
     assert (report.calls, report.unjudged, report.clean) == (1, 1, True)
+
+
+def foreign(matcher: str) -> Policy:
+    text = f"version: 1\ntools: {{t: [{{allow: {{p: any}}}}, {{deny: {{p: {matcher}}}}}]}}\n"
+    return parse_policy(text.encode(), name="test.yaml", workspace=Path("/ws"))
+
+
+PATH, HOST = '{path: ["$WS/secrets/**"]}', "{host: [evil.example]}"
+
+
+@pytest.mark.parametrize(
+    ("matcher", "arguments", "unfit", "known"),
+    [
+        (PATH, {"p": "/ws/a/../secrets/k"}, None, False),
+        (PATH, {"p": "secrets/k"}, None, False),
+        (PATH, {"p": ["/ws/a", "/ws//secrets/k"]}, None, False),
+        (PATH, {"P": "/ws/secrets/k"}, None, False),
+        (PATH, {"p": "/ws/secrets/k"}, None, True),
+        (PATH, {"p": "/ws/../x"}, ["path.dotdot", "the path holds .."], True),
+        # It was no such thing for the other policy: for this one it may be.
+        (PATH, {"p": "/ws/secrets/k"}, ["url.scheme", "no URL"], False),
+        (HOST, {"p": "EVIL.example"}, None, False),
+        (HOST, {"p": "evil.example"}, None, True),
+        ("[x]", {"p": "../x"}, None, True),
+    ],
+)
+def test_a_spelling_of_other_rules_is_undecidable(
+    bench: Bench, matcher: str, arguments: Json, unfit: Json, known: bool
+) -> None:
+    """What another policy took for any text is judged by none that takes it for a path."""
+    document: dict[str, Json] = {"tool": "t", "arguments": arguments, "workspace": "/ws"}
+    if unfit is not None:
+        document["unfit"] = {"p": unfit}
+    trace = decided(bench, {"facts": FACTS}, document, tool="t")
+    report = replay_policy(trace, foreign(matcher))
+    assert [one.code for one in report.undecidable] == ([] if known else ["document.spelling"])
+
+
+def test_the_policy_that_spelled_a_call_judges_it(bench: Bench) -> None:
+    """A real path may look like none to us, for example after a link."""
+    same = foreign(PATH)
+    document: Json = {"tool": "t", "arguments": {"p": "/ws/a b/~|x "}, "workspace": "/ws"}
+    trace = decided(bench, {"policy": same.version, "facts": FACTS}, document, tool="t")
+    assert replay_policy(trace, same).clean

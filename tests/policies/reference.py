@@ -1,7 +1,8 @@
 """A plain evaluator of the policy language, written from its specification for the tests.
 
 Slow and obvious on purpose: no index, no compiled form, nothing of the engine is imported. It
-judges canonical arguments (`Given`) by rules that are plain values (`Written`).
+judges arguments (`Given`) by rules that are plain values (`Written`): canonical ones, or raw ones
+with a table of what each is as a path, a URL, a host or an address.
 """
 
 # Plain data is looked at by isinstance, after which pyright knows no element types.
@@ -19,11 +20,14 @@ from urllib.parse import urlsplit
 
 # Whatever a policy or a call holds: it is looked at, not typed.
 Value: TypeAlias = Any
-OURS = ("fs", "shell", "http", "python", "wasm")
+OURS = ("agent", "fs", "shell", "http", "python", "wasm")
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 STRICTER = ("allow", "ask", "deny")
 LOCAL = ("localhost", "local", "internal", "arpa", "lan", "onion")
 PORTS = {"http": 80, "https": 443}
+MAX_LIST = 1024
+# A value that is not what a matcher is about. No JSON value is this one.
+NONE = object()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Given:
     arguments: Mapping[str, Any]
     session: Mapping[str, Any]
     now_ms: int
+    # By form, what a raw text is canonically; None where it is no such thing at all.
+    spellings: Mapping[str, Mapping[str, str | None]] = field(
+        default_factory=dict[str, Mapping[str, "str | None"]]
+    )
 
 
 class Doubt(Exception):
@@ -72,7 +80,9 @@ class Doubt(Exception):
 
 
 def evaluate(policy: Plain, given: Given, workspace: str) -> tuple[str, set[str]]:
-    """Return the effect, and for an allow the rules whose rates count."""
+    """Return the effect, and the rules whose rates count unless it is a deny."""
+    if len({name.casefold() for name in given.arguments}) < len(given.arguments):
+        return "deny", set()
     parts, role = [policy], given.session.get("role")
     if role is not None:
         parts = [policy.roles[role]]
@@ -80,9 +90,7 @@ def evaluate(policy: Plain, given: Given, workspace: str) -> tuple[str, set[str]
             parts.append(policy.roles[wider])
     answers = [judge(part, given, workspace) for part in parts]
     effect = max((answer[0] for answer in answers), key=STRICTER.index)
-    return effect, {
-        rule for answer in answers for rule in answer[1]
-    } if effect == "allow" else set()
+    return effect, {rule for answer in answers for rule in answer[1]} if effect != "deny" else set()
 
 
 def judge(part: Plain, given: Given, workspace: str) -> tuple[str, set[str]]:
@@ -93,9 +101,9 @@ def judge(part: Plain, given: Given, workspace: str) -> tuple[str, set[str]]:
     granting = [rule for rule in rules if rule.effect != "deny" and grants(rule, given, workspace)]
     if not granting:
         return "deny", set()
-    if any(restricts(rule, given) for rule in rules if rule.effect == "ask"):
-        return "ask", set()
-    return "allow", {rule.id for rule in granting if rule.rate is not None}
+    asking = [rule for rule in rules if rule.effect == "ask" and restricts(rule, given)]
+    counting = {rule.id for rule in granting + asking if rule.rate is not None}
+    return ("ask" if asking else "allow"), counting
 
 
 def speaking(part: Plain, tool: str) -> list[Written]:
@@ -124,16 +132,16 @@ def fits(pattern: str, name: str) -> bool:
 
 def grants(rule: Written, given: Given, workspace: str) -> bool:
     """Tell whether a rule covers the whole call: every argument, and its condition surely."""
-    if rule.when is not None and answer(rule.when, given) is not True:
+    if rule.when is not None and answer(rule.when, as_read(rule, given)) is not True:
         return False
     if rule.arguments is None:
         return True
     for name, matching in rule.arguments.items():
-        if name not in given.arguments or not covers(matching, given.arguments[name], workspace):
+        if name not in given.arguments or not covers(matching, given.arguments[name], given):
             return False
     unnamed = {name: value for name, value in given.arguments.items() if name not in rule.arguments}
     for name, matching in rule.optional.items():
-        if name in unnamed and not covers(matching, unnamed.pop(name), workspace):
+        if name in unnamed and not covers(matching, unnamed.pop(name), given):
             return False
     if given.tool == "shell.run":
         unnamed.pop("stdin", None)
@@ -146,26 +154,72 @@ def grants(rule: Written, given: Given, workspace: str) -> bool:
 
 def restricts(rule: Written, given: Given) -> bool:
     """Tell whether what a rule names may be meant, whatever else the call carries."""
-    if rule.when is not None and answer(rule.when, given) is False:
+    if rule.when is not None and answer(rule.when, as_read(rule, given)) is False:
         return False
     return all(
-        name in given.arguments and touches(matching, given.arguments[name])
+        touches(matching, given.arguments[name], given)
+        if name in given.arguments
+        else name.casefold() in {other.casefold() for other in given.arguments}
         for name, matching in (rule.arguments or {}).items()
     )
 
 
-def covers(matching: Matching, value: Value, workspace: str = "") -> bool:
+def covers(matching: Matching, value: Value, given: Given) -> bool:
     """A list is granted when it is not empty and every element is."""
     if isinstance(value, list) and matching.form not in ("any", "argv", "json"):
-        return bool(value) and all(covers(matching, item) for item in value)
-    return matches(matching, value, sure=True)
+        few = 0 < len(value) <= MAX_LIST
+        return few and all(covers_one(matching, item, given) for item in value)
+    return covers_one(matching, value, given)
 
 
-def touches(matching: Matching, value: Value) -> bool:
-    """One element of a list is enough to restrict."""
+def covers_one(matching: Matching, value: Value, given: Given) -> bool:
+    seen = as_kind(matching.form, value, given)
+    return seen is not NONE and matches(matching, seen, sure=True)
+
+
+def touches(matching: Matching, value: Value, given: Given) -> bool:
+    """One element of a list is enough to restrict, and so is one that cannot be judged."""
     if isinstance(value, list) and matching.form not in ("any", "argv", "json"):
-        return any(touches(matching, item) for item in value)
-    return matches(matching, value, sure=False)
+        return len(value) > MAX_LIST or any(touches_one(matching, item, given) for item in value)
+    return touches_one(matching, value, given)
+
+
+def touches_one(matching: Matching, value: Value, given: Given) -> bool:
+    seen = as_kind(matching.form, value, given)
+    return seen is NONE or matches(matching, seen, sure=False)
+
+
+def as_kind(form: str, value: Value, given: Given) -> Value:
+    """Return a value as what a matcher is about; NONE where it is no such thing."""
+    if form in ("any", "json"):
+        return value
+    if form == "argv":
+        return value if isinstance(value, list) else NONE
+    if form == "in":
+        return NONE if isinstance(value, list | dict) else value
+    if form == "range":
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else NONE
+    if not isinstance(value, str):
+        return NONE
+    spelled_so = given.spellings.get(form, {}).get(value, value)
+    return NONE if spelled_so is None else spelled_so
+
+
+def as_read(rule: Written, given: Given) -> Given:
+    """Return the call as the condition of a rule sees it: what the rule takes each value for."""
+    read = dict(given.arguments)
+    for name, matching in {**(rule.arguments or {}), **rule.optional}.items():
+        if name not in read or matching.form not in given.spellings:
+            continue
+        value = read[name]
+        listed = value if isinstance(value, list) else [value]
+        seen = [as_kind(matching.form, item, given) for item in listed]
+        if NONE in seen or len(listed) > MAX_LIST:
+            # It is no such thing: whoever asks for it gets no answer.
+            del read[name]
+        else:
+            read[name] = seen if isinstance(value, list) else seen[0]
+    return replace(given, arguments=read)
 
 
 def matches(matching: Matching, value: Value, *, sure: bool) -> bool:
@@ -309,10 +363,19 @@ def shaped(shape: Mapping[str, Any], value: Value, *, sure: bool) -> bool:
         return all(found) if sure or not found else any(found)
     if isinstance(value, dict):
         named = shape["properties"]
+        if not sure:
+            # A name may be read in any case.
+            named = {str(name).casefold(): form for name, form in named.items()}
+        names = {name: name if sure else str(name).casefold() for name in value}
+        alike: dict[str, list[bool]] = {}
+        for name, read in names.items():
+            if read in named:
+                alike.setdefault(read, []).append(shaped(named[read], value[name], sure=sure))
+        required = [name if sure else str(name).casefold() for name in shape.get("required", [])]
         return (
-            all(name in value for name in shape.get("required", []))
+            all(name in names.values() for name in required)
             and (not sure or all(name in named for name in value))
-            and all(shaped(named[name], value[name], sure=sure) for name in value if name in named)
+            and all(any(found) for found in alike.values())
         )
     return True
 

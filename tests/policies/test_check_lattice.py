@@ -33,7 +33,7 @@ SHADOWED = {
     "a wider profile": "shell.run: [{allow: {argv: [git, ...]}, id: a},"
     " {allow: {argv: [git, x]}, profile: dev, id: r}]",
     "under a wildcard": "'t.*': [{allow: {p: {range: [1, 9]}}, id: a},"
-    " {allow: {p: {in: ['3']}}, id: r}]",
+    " {allow: {p: {range: [3, 3]}}, id: r}]",
 }
 NOT_SHADOWED = {
     "a narrower profile": "shell.run: [{allow: {argv: [git, ...]}, profile: dev},"

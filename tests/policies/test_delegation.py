@@ -136,6 +136,25 @@ def test_a_profile_bound_hides_paths_of_our_own_tools() -> None:
     assert child.decide(written, NOON).code == "policy.allow"
 
 
+@pytest.mark.parametrize("own", ["", "id: x, "])
+def test_a_profile_bound_hides_whatever_ids_the_files_use(own: str) -> None:
+    """The first rule of either file has one id; that of the narrower file does not grant."""
+    narrow = f"""t: [
+        {{{own}allow: {{p: any}}, when: "session.calls > 1000"}},
+        {{allow: {{p: {{path: [$WS/**]}}}}}}]"""
+    held = attenuate(
+        capability("t: {allow: any}"),
+        id="a",
+        policy=policy(narrow),
+        profile=Profile(name="bound", read=(WORKSPACE,), hide=("/**/.env",)),
+    )
+    facts = replace(NOON, calls=1)
+    named = [
+        Document(tool="t", arguments={"p": f"/ws/{x}"}, workspace=WORKSPACE) for x in ("a", ".env")
+    ]
+    assert [held.decide(one, facts).code for one in named] == ["policy.allow", "path.hidden"]
+
+
 def test_budgets_are_counted_under_the_id_of_each_step() -> None:
     first = attenuate(capability(), id="a", bounds=[BUDGET])
     second = attenuate(first, id="b", bounds=[BUDGET])

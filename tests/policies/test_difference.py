@@ -279,8 +279,20 @@ def test_one_rate_for_two_rules_is_not_two_rates() -> None:
 def test_an_argument_that_is_no_longer_a_path() -> None:
     old = tools("t: [{allow: {x: {path: [$WS/**]}}}, {allow: {x: any, y: any}}]")
     new = tools("t: {allow: {x: any, y: any}}")
-    assert [one.code for one in difference(old, new)] == ["diff.kind"]
+    # Whatever it was, the other rule took it for nothing and granted it.
+    assert difference(old, new) == ()
     assert difference(new, tools("t: {allow: {x: {path: [$WS/**]}, y: any}}")) == ()
+    text = tools("t: {allow: {x: {in: [a]}}}")
+    assert "diff.kind" in {one.code for one in difference(old, text)}
+
+
+def test_a_rule_in_a_profile_that_hides_less() -> None:
+    head = "profiles: {base: {read: [$WS/**], hide: ['**/.env']}, open: {read: [$WS/**]}}\n"
+    one, more = "{allow: {path: [$WS/**]}}", "{allow: {path: [$WS/**]}, profile: open}"
+    old = policy(f"{head}tools: {{fs.read: [{one}]}}")
+    new = policy(f"{head}tools: {{fs.read: [{one}, {more}]}}")
+    assert [found.code for found in difference(old, new)] == ["diff.profile"]
+    assert difference(new, old) == ()
 
 
 def test_two_programs_that_come_to_share_a_profile() -> None:
@@ -329,6 +341,36 @@ def test_profiles_that_no_rule_uses_are_those_of_servers() -> None:
         ("diff.default", "profile default, in which servers run, reads /etc", True),
     }
     assert difference(new, old) == ()
+
+
+@pytest.mark.parametrize("tool", ["fs.read", "files.read"])
+@pytest.mark.parametrize("effect", ["allow", "ask"])
+def test_what_a_grant_hides_its_profile_does_not_bound(tool: str, effect: str) -> None:
+    """A grant covers nothing that its own profile hides: another one's profile counts there."""
+    text = f"""
+profiles: {{near: {{read: [$WS/**], limits: {{wall: 1s}}}}, far: {{read: [$WS/**]}}}}
+tools:
+  {tool}:
+    - {{allow: {{path: {{path: ["$WS/**"]}}}}, id: a, profile: near}}
+    - {{{effect}: {{path: {{path: ["$WS/**"]}}}}, id: b, profile: far}}
+"""
+    old, new = policy(text), policy(text.replace("1s}", "1s}, hide: ['**/.env']"))
+    env = Document(tool=tool, arguments={"path": "/ws/.env"}, workspace=WORKSPACE)
+    assert is_wider(decide(old, env), decide(new, env))
+    found = difference(old, new)
+    assert {one.code for one in found} == {"diff.profile"}
+    # What hid it already hides no more than it did.
+    assert difference(new, new) == ()
+
+
+def test_an_ask_loses_no_profile_of_an_allow() -> None:
+    profiles = "profiles: {near: {read: [$WS/a]}, far: {read: [$WS/**]}}\n"
+    allow = "{allow: {argv: [ls]}, profile: near, rate: 1/h}"
+    asked = "{ask: {argv: [ls]}, profile: far}"
+    old = policy(f"{profiles}tools: {{shell.run: [{allow}, {asked}]}}")
+    new = policy(f"{profiles}tools: {{shell.run: [{asked}]}}")
+    assert {one.code for one in difference(old, new)} >= {"diff.profile", "diff.bounds"}
+    assert difference(old, old) == ()
 
 
 def test_limits_and_hidden_files() -> None:

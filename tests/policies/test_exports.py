@@ -11,10 +11,10 @@ import safeconduct.policies
 NAMES = """
 BUILT_IN NO_FACTS PRESETS PROTECTED Argument Canonical Capability Considered Explanation Finding
 Found Judged Kind Level NarrowedPolicy Origin Policy PolicyFile Resolution Resolved Revocations Role
-Rule Server Signature TrustStore attenuate beside both canonicalize check_file check_policy
-compile_elsewhere decide decode_arguments describe_bound discover_policy explain hidden_by
-is_protected load_policy narrow_profiles parse_policy policy_schema read_policy_file read_preset
-require_passing resolve_policy state_folder
+Rule Server Signature TrustStore as_observed attenuate beside both canonicalize check_file
+check_policy compile_elsewhere decide decode_arguments describe_bound discover_policy explain
+hidden_by is_protected load_policy narrow_profiles parse_policy policy_schema read_policy_file
+read_preset require_passing resolve_policy state_folder unspelled
 """
 PUBLIC = set(NAMES.split())
 

@@ -49,7 +49,6 @@ NOT_ENFORCED = [
     "servers: {s: {url: 'https://mail.example/mcp'}}",
     "servers: {s: {run: [x], install: npm}}",
     "tools: {t: {allow: any, remember: never}}",
-    "tools: {t: {allow: any, irreversible: true}}",
     "tools: {t: {allow: {a: {shell: x}}}}",
     "tools: {t: {allow: {a: {text: {max: 4B, min: 1B}}}}}",
     "tools: {shell.run: {allow: {argv: [a, {host: [x]}]}}}",

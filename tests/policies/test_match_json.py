@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safeconduct.call import Json
 from safeconduct.errors import ProtocolError
 from safeconduct.policies.arguments import decode_arguments
+from safeconduct.policies.lattice.shapes import shape_subsumes
 from safeconduct.policies.match_json import (
     MAX_SHAPE_DEPTH,
     MAX_SHAPE_NODES,
@@ -257,12 +258,39 @@ def _object(properties: dict[str, Plain], required: list[str], rest: bool) -> Pl
             return False
         if not rest and not all(name in properties for name in value):
             return False
+        if len({name.casefold() for name in [*value, *properties]}) < len({*value, *properties}):
+            return False  # one may be taken for another
         return all(form.means(value[name]) for name, form in properties.items() if name in value)
 
     inner: dict[str, Data] = {name: form.data for name, form in properties.items()}
     data: dict[str, Data] = {"type": "object", "properties": inner}
     data |= {"required": named} if named else {}
     return Plain(data | ({"rest": "any"} if rest else {}), means)
+
+
+def test_a_member_in_another_case_is_the_same_member() -> None:
+    """Go's encoding/json takes `Mode` for `mode`, and the last of both."""
+    mode: Data = {"mode": {"type": "string", "enum": ["rw"]}}
+    shape: Data = {"type": "object", "properties": mode, "required": ["mode"], "rest": "any"}
+    outer: Data = {"type": "object", "properties": {"o": shape}}
+    attacks: list[Json] = [
+        {"Mode": "rw"},
+        {"mode": "ro", "Mode": "rw"},
+        {"MODE": "ro", "Mode": "rw"},
+    ]
+    for attack in attacks:
+        assert compile_shape(shape, restricts=True).matches(attack)
+        assert compile_shape(outer, restricts=True).matches({"o": attack})
+    grant = compile_shape(shape)
+    assert grant.matches({"mode": "rw", "other": 1})
+    for attack in ({"mode": "rw", "Mode": "x"}, {"mode": "rw", "a": 1, "A": 2}):
+        assert not grant.matches(attack)
+    unnamed = compile_shape({"type": "object", "properties": mode, "rest": "any"})
+    assert unnamed.matches({"other": 1})
+    assert not unnamed.matches({"Mode": "x"})
+    wide = compile_shape({"type": "object", "properties": {"Mode": "any"}, "rest": "any"})
+    assert not shape_subsumes(wide, compile_shape({"type": "object", "rest": "any"}))
+    assert not shape_subsumes(wide, compile_shape({"type": "object", "properties": mode}))
 
 
 def _grow(inner: st.SearchStrategy[Plain]) -> st.SearchStrategy[Plain]:
@@ -278,7 +306,7 @@ values: st.SearchStrategy[Json] = st.recursive(
     st.sampled_from(["", "a", "bb", 0, 1, 2, 1.5, 1.0, True, False, None]),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=3),
+        st.dictionaries(st.sampled_from(["a", "b", "c", "A"]), inner, max_size=3),
     ),
     max_leaves=6,
 )

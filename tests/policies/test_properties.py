@@ -37,7 +37,8 @@ def loads(plain: Plain) -> bool:
     try:
         load(plain)
     except PolicyError as refused:
-        if "never match" not in refused.message:
+        # Nor is one whose `when` asks for what another rule calls a host, and its own does not.
+        if "never match" not in refused.message and "read as it was given" not in refused.message:
             raise
         return False
     return True
@@ -46,6 +47,20 @@ def loads(plain: Plain) -> bool:
 def drawn(draw: Callable[[], Plain]) -> Plain:
     """Return the first of the drawn policies that loads."""
     return next(plain for plain in (draw() for _ in range(100)) if loads(plain))
+
+
+def beside(plain: Plain, draw: Callable[[], Plain]) -> Plain:
+    """Return the first of the drawn policies that can be joined with one."""
+    for _ in range(100):
+        other = drawn(draw)
+        try:
+            both(load(plain), load(other))
+        except PolicyError as refused:
+            if "read as it was given" not in refused.message:
+                raise
+            continue
+        return other
+    raise AssertionError("nothing that was drawn fits")
 
 
 def judge(plain: Plain, given: list[Given]) -> list[Decision]:
@@ -74,7 +89,7 @@ def test_the_engine_and_the_reference_agree() -> None:
             effect, counted = evaluate(plain, one, made.WORKSPACE)
             effects[effect] += 1
             assert (decision.effect.value, one, text) == (effect, one, text), decision
-            if effect == "allow":
+            if effect != "deny":
                 found = {bound.id for bound in decision.obligations}
                 assert all(any(name in bound for bound in found) for name in counted), (one, text)
                 assert bool(found) is bool(counted), (one, text)
@@ -145,8 +160,8 @@ def with_a_deny(random: Random, plain: Plain) -> Plain:
 
 def test_two_policies_together_are_the_stricter_of_the_two() -> None:
     for random, plain, given in policies(4, calls=CALLS // 2):
-        other = drawn(partial(made.policy, random))
-        one, two = replace(plain, roles={}), replace(other, roles={})
+        one = replace(plain, roles={})
+        two = beside(one, lambda: replace(made.policy(random), roles={}))  # noqa: B023 used at once
         roleless = [
             replace(x, session={k: v for k, v in x.session.items() if k != "role"}) for x in given
         ]

@@ -23,6 +23,7 @@ from safeconduct.policies.model import (
     ServerSpec,
 )
 from safeconduct.policies.model_matchers import ElementSpec, MatcherSpec
+from safeconduct.policies.model_trace import TraceSpec, WitnessSpec
 from safeconduct.policies.model_words import Model
 
 WORKSPACE = Path("/srv/space")
@@ -52,6 +53,8 @@ TOOLS = [
     ("t: {allow: any, rate: 5/y}", False),
     ("t: {allow: any, budget: {calls: 5/week}}", False),
     ("t: {allow: any, budget: {hours: 5}}", False),
+    ("t: {ask: any, irreversible: true}", True),
+    ("t: {ask: any, irreversible: false}", False),
     ("t: {allow: any, remember: never}", False),
     ("'a b': {allow: any}", False),
 ]
@@ -85,6 +88,10 @@ def test_it_takes_every_policy_that_we_show(text: str) -> None:
     "rest",
     [
         "labels: {}",
+        "trace: {keep: 1}",
+        "trace: {retain: 0d}",
+        "trace: {irreversible: []}",
+        "trace: {witness: {policy: here}}",
         "flows: []",
         "servers: {s: {url: x}}",
         "servers: {s: {profile: p}}",
@@ -106,6 +113,12 @@ def test_it_refuses_what_does_not_load(rest: str) -> None:
         (ProfileSpec, DEFINED["profile"]["properties"], frozenset[str]()),
         (LimitsSpec, DEFINED["profile"]["properties"]["limits"]["properties"], frozenset[str]()),
         (ServerSpec, DEFINED["server"]["properties"], frozenset[str]()),
+        (TraceSpec, SCHEMA["properties"]["trace"]["properties"], frozenset[str]()),
+        (
+            WitnessSpec,
+            SCHEMA["properties"]["trace"]["properties"]["witness"]["properties"],
+            frozenset[str](),
+        ),
         (RuleSpec, DEFINED["rule"]["properties"], frozenset[str]()),
         (BudgetSpec, DEFINED["rule"]["properties"]["budget"]["properties"], frozenset[str]()),
         (

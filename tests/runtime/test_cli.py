@@ -133,7 +133,8 @@ def test_help_names_every_verb_and_loads_none(desk: Desk) -> None:
         "if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for verb in ("init", "exec", "call", "mcp", "trust", "replay", "doctor", "policy", "trace"):
+    verbs = ("init", "exec", "run", "call", "mcp", "trust", "replay", "doctor", "policy", "trace")
+    for verb in verbs:
         assert f"\n  {verb} " in done.stdout
     assert done.stdout.endswith("[]\n")
     assert "verify" in desk.run("trace", "--help").out
@@ -583,7 +584,10 @@ def test_verify_needs_a_key_that_the_verifier_brings(desk: Desk, tmp_path: Path)
     assert desk.run(*verify, "--trust", trusted).code == Exit.USAGE
     (trusted / "log.pub").write_text(f"# the lab's log\n{key}\n")
     report = desk.run(*verify, "--trust", trusted, "--json").json
-    assert (report["status"], report["level"], report["verdict"]) == (0, 1, "OK")
+    # The first verification is remembered: that is what makes it L2 and not L1.
+    assert (report["status"], report["level"], report["verdict"]) == (0, 2, "OK")
+    report = desk.run(*verify, "--trust", trusted, "--json", "--no-remember").json
+    assert (report["status"], report["level"]) == (0, 1)
 
 
 def test_keys_inside_the_trace_are_never_trust(desk: Desk) -> None:

@@ -157,6 +157,45 @@ def test_what_is_handed_on_after_a_policy_came_into_force_is_bound_by_it(
         assert agent.call("fs.read", path="docs/file").ok
 
 
+def test_the_paths_of_its_own_policy_are_brought_to_one_spelling(tmp_path: Path) -> None:
+    """The session's policy does not say that it is a path, so nothing else would."""
+    workspace = tmp_path / "ws"
+    (workspace / "secrets").mkdir(parents=True)
+    (workspace / "a").mkdir()
+    for name in ("secrets/k", "a/file"):
+        (workspace / name).write_text("text")
+    base = 'version: 1\nprofiles: {base: {read: ["$WS/**"]}}\n'
+    (tmp_path / "policy.yaml").write_text(base + "tools: {readit: {allow: {p: any}}}\n")
+    (tmp_path / "own.yaml").write_text(
+        base + 'tools: {readit: [{allow: {p: {path: ["$WS/a/**"]}}}, '
+        '{deny: {p: {path: ["$WS/secrets/**"]}}}]}\n'
+    )
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    with Runtime.from_policy(
+        tmp_path / "policy.yaml", workspace=workspace, environment=environment
+    ) as runtime:
+
+        @runtime.tool()
+        def readit(p: str) -> str:
+            return Path(p).read_text()
+
+        dodging = f"{workspace}/a/../secrets/k"
+        assert runtime.call("readit", p=dodging).value == "text"
+        agent = runtime.delegate("agent", policy=tmp_path / "own.yaml")
+        assert agent.call("readit", p=f"{workspace}/a/file").value == "text"
+        assert agent.call("readit", p="a/file").ok
+        for path in (dodging, "secrets/k", "./secrets/k", f"{workspace}//secrets/k"):
+            with pytest.raises(Denied):
+                agent.call("readit", p=path)
+        # Nor where a policy came into force since it was handed on.
+        (tmp_path / "policy.yaml").write_text(base + "tools: {readit: {allow: any}}\n")
+        runtime.reload()
+        assert code(agent, "readit", p=dodging) == "path.dotdot"
+        (tmp_path / "policy.yaml").write_text(base + "tools: {readit: {allow: {p: [x]}}}\n")
+        runtime.reload()
+        assert code(agent, "readit", p="x") == "capability.policy"
+
+
 def test_nobody_makes_calls_in_the_name_of_another(runtime: Runtime) -> None:
     agent = runtime.delegate("agent")
     seen: list[str] = []

@@ -277,6 +277,42 @@ def test_a_fork_of_the_runtime_takes_nothing_from_its_trace(
     assert sorted(os.listdir(workspace)) == ["after", "before"]
 
 
+def test_a_ctrl_c_just_after_the_outcome_stays_one(
+    start: Callable[..., Runtime], entries: list[Entry]
+) -> None:
+    runtime = start()
+    call = runtime.new_call("fs.write", {"path": "a", "content": ""})
+
+    def interrupted() -> None:
+        with runtime.pipeline.admit(call) as admitted:
+            runtime.pipeline.settle(admitted, Outcome(call=call.id))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert kinds(entries) == WHOLE
+
+
+def test_what_ends_a_call_is_raised_though_it_cannot_be_recorded(
+    start: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = start()
+
+    def full(*_: object, **__: object) -> int:
+        raise TraceInvalid("No space left on device.", code="trace.io")
+
+    call = runtime.new_call("fs.write", {"path": "a", "content": ""})
+
+    def interrupted() -> None:
+        with monkeypatch.context() as broken, runtime.pipeline.admit(call):
+            broken.setattr(TraceWriter, "append", full)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert "trace.io" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("tool", ["\ud800", "caf\u00e9", 7, None, b"fs.read", []], ids=repr)
 def test_a_name_that_no_tool_has_is_denied_and_recorded(
     start: Callable[..., Runtime], entries: list[Entry], tool: str

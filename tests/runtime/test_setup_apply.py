@@ -1,9 +1,10 @@
 """``safeconduct setup --apply`` on this very machine, of which it changes nothing.
 
-It runs as root at ``/`` in a mount namespace of its own, where ``/etc`` and ``/usr/local/sbin`` are
-overlays on a tmpfs, and in a user namespace of its own, where ``user.max_user_namespaces`` is a
-setting of that namespace and sysctl(8) the real one. What this machine has not (systemd, AppArmor)
-is put there as files and as programs that note how they were called.
+It runs as root at ``/`` in a mount namespace of its own, where ``/etc``, ``/usr/bin`` and
+``/usr/local/sbin`` are overlays on a tmpfs, and in a user namespace of its own, where
+``user.max_user_namespaces`` is a setting of that namespace and sysctl(8) the real one. What this
+machine has not (systemd, AppArmor) is put there as files and as programs that note how they were
+called. sudo(8) is taken away: test_setup_signer.py has the step that needs it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ try:
     check(libc.unshare(0x20000))  # CLONE_NEWNS
     check(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
     mount("tmpfs", "/run")
-    for name in ("/etc", "/usr/local/sbin"):
+    for name in ("/etc", "/usr/local/sbin", "/usr/bin"):
         upper, work = "/run/overlay/upper" + name, "/run/overlay/work" + name
         os.makedirs(upper), os.makedirs(work)
         mount("overlay", name, 0, f"lowerdir={{name}},upperdir={{upper}},workdir={{work}}")
@@ -86,6 +87,8 @@ manager = "/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service/cgroup.co
 write(manager, "cpu")
 for name in ("apparmor_parser", "systemctl"):
     write("/usr/local/sbin/" + name, {STAND_IN!r}, 0o755)
+if os.path.lexists("/usr/bin/sudo"):
+    os.unlink("/usr/bin/sudo")
 os.chdir("/")
 exec(sys.argv[1])
 """
@@ -196,7 +199,7 @@ answer({
     assert found["done"] == [f"apparmor_parser -r {APPARMOR}", "systemctl daemon-reload"]
     assert found["states"] == {
         "user namespaces": "done", "AppArmor profile": "done", "cgroup delegation": "done",
-        "signer user": "not needed",
+        "signer user": "impossible",
     }  # fmt: skip
     for name, (text, mode, owner, _) in found["after"].items():
         assert (mode, owner) == ("0o100644", 0), name

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from safeconduct.attestation import TraceWriter
-from safeconduct.call import Call, Decision, EntryKind, Json
+from safeconduct.call import Call, Decision, Durability, EntryKind, Json
 from safeconduct.errors import ApprovalRequired, Denied, PolicyError
 from safeconduct.runtime.supervisor import Runtime
 
@@ -241,6 +241,54 @@ def test_observing_keeps_what_any_part_of_the_policy_denies(start: Start, tmp_pa
     text = 'extends: wider.yaml\ntools: {fs.read: {deny: {path: ["$WS/file"]}}}\n'
     runtime = start(text, observe=True)
     refused(lambda: runtime.call("fs.read", path="file"))
+
+
+def test_observing_dodges_no_deny_of_a_tool_that_only_a_narrower_file_speaks_of(
+    start: Start, tmp_path: Path
+) -> None:
+    """It has no spelling in the wider file, so a deny of a path would be judged on raw text."""
+    wider = tmp_path / "wider.yaml"
+    wider.write_text("version: 1\ntools: {other: {allow: any}}\n")
+    text = """\
+extends: wider.yaml
+profiles: {base: {read: ["$WS/**"]}}
+tools: {server.read: [{allow: {p: any}}, {deny: {p: {path: ["$WS/secrets/**"]}}}]}
+"""
+    runtime = start(text, observe=True)
+    workspace = runtime.policy.workspace
+
+    def admit(path: str) -> bool:
+        with runtime.pipeline.admit(runtime.new_call("server.read", {"p": path})) as admitted:
+            return admitted.decision.observed
+
+    assert admit(f"{workspace}/file")
+    for path in ("secrets/k", f"{workspace}/secrets/k", f"{workspace}/a/../secrets/k"):
+        refused(partial(admit, path))
+
+
+def test_observing_keeps_bounds_and_marks_of_every_part(
+    start: Start, entries: Entries, tmp_path: Path
+) -> None:
+    """That another file does not grant it takes back nothing of what one says of it."""
+    wider = tmp_path / "wider.yaml"
+    rule = '{allow: {path: ["$WS/**"]}, budget: {calls: 1/session}, irreversible: true}'
+    wider.write_text(f"version: 1\ntools: {{fs.read: {rule}}}\n")
+    text = 'extends: wider.yaml\nprofiles: {base: {read: ["$WS/**"]}}\ntools: {}\n'
+    runtime = start(text, observe=True)
+    assert runtime.call("fs.read", path="file").ok
+    (decided,) = of(entries, EntryKind.CALL_DECISION)
+    assert (decided["observed"], decided["irreversible"]) == (True, True)
+    assert refused(lambda: runtime.call("fs.read", path="file")) == "budget.exhausted"
+
+
+def test_observing_keeps_the_mark_of_a_rule_that_asks(start: Start) -> None:
+    text = """\
+profiles: {base: {read: ["$WS/**"]}}
+tools: {fs.read: {ask: {path: ["$WS/**"]}, irreversible: true}}
+"""
+    runtime = start(text, observe=True)
+    with runtime.pipeline.admit(runtime.new_call("fs.read", {"path": "file"})) as admitted:
+        assert admitted.decision.durability is Durability.SYNC
 
 
 def test_observing_goes_no_further_than_the_profile(start: Start, tmp_path: Path) -> None:

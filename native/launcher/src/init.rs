@@ -130,17 +130,23 @@ impl Sandbox<'_> {
     /// Watch the program until it ends, time is up, or supervisor or launcher are gone.
     fn watch(&self, events: &OwnedFd, program: i32, accounts: &[Option<OwnedFd>]) -> Exit {
         let mut exit = Exit::default();
-        let hangup = PollFlags::RDHUP;
         loop {
             let mut polled = [
                 PollFd::new(events, PollFlags::IN),
                 PollFd::new(&self.timer, PollFlags::IN),
-                PollFd::new(&self.birth.channel, hangup),
+                PollFd::new(&self.birth.channel, PollFlags::RDHUP | PollFlags::IN),
                 PollFd::new(&self.template.lifeline, PollFlags::IN),
             ];
             let _ = rustix::event::poll(&mut polled, None);
-            let time_is_up = !polled[1].revents().is_empty();
-            let gone = !polled[2].revents().is_empty() || !polled[3].revents().is_empty();
+            let told = polled[2].revents();
+            let gone = !(told - PollFlags::IN).is_empty() || !polled[3].revents().is_empty();
+            if told == PollFlags::IN {
+                // One byte, the number of a signal for the program and its process group, as a
+                // terminal sends it; 0 is none, kill(2).
+                let asked = receive::datagram(&self.birth.channel).ok().flatten();
+                let number = asked.and_then(|(bytes, _)| bytes.first().copied());
+                sys::kill(-program, number.map_or(0, i32::from));
+            }
             receive::drain(events);
             let (ended, alone) = reap(program);
             if let Some(status) = ended {
@@ -150,8 +156,8 @@ impl Sandbox<'_> {
                 }
                 break;
             }
-            exit.wall_limit = time_is_up;
-            if time_is_up || gone {
+            exit.wall_limit = !polled[1].revents().is_empty();
+            if exit.wall_limit || gone {
                 end_tree();
                 break;
             }
@@ -178,14 +184,12 @@ fn reap(program: i32) -> (Option<Status>, bool) {
     let mut ended = None;
     loop {
         match rustix::process::wait(WaitOptions::NOHANG) {
-            Ok(Some((pid, status))) => {
-                if pid.as_raw_nonzero().get() == program {
-                    ended = Some((status.exit_status(), status.terminating_signal()));
-                }
+            Ok(Some((pid, status))) if pid.as_raw_nonzero().get() == program => {
+                ended = Some((status.exit_status(), status.terminating_signal()));
             }
-            Err(rustix::io::Errno::CHILD) => return (ended, true),
+            Err(Errno::CHILD) => return (ended, true),
             Ok(None) => return (ended, false),
-            Err(_) => {}
+            _ => {}
         }
     }
 }
@@ -193,10 +197,9 @@ fn reap(program: i32) -> (Option<Status>, bool) {
 /// Kill all that is left and wait until the kernel says there are no children.
 fn end_tree() {
     loop {
-        sys::kill_everything();
-        match rustix::process::wait(WaitOptions::empty()) {
-            Err(rustix::io::Errno::CHILD) => return,
-            _ => continue,
+        sys::kill(-1, libc::SIGKILL);
+        if matches!(rustix::process::wait(WaitOptions::empty()), Err(Errno::CHILD)) {
+            return;
         }
     }
 }

@@ -310,13 +310,13 @@ pub fn unblock_signals() -> Result<(), Errno> {
     }
 }
 
-/// Kill every process this one may signal, except itself, kill(2) with pid -1.
+/// Send a signal, kill(2): with target -1 to every process this one may signal, except itself.
 ///
 /// The kernel walks all tasks under one lock, so a fork bomb cannot outrun it. INVARIANT: called
 /// only by a namespace's pid 1 or inside a Landlock signal scope; never by the launcher.
-pub fn kill_everything() {
+pub fn kill(target: i32, signal: i32) {
     // SAFETY: scalar arguments; the invariant above bounds whom it reaches.
-    unsafe { libc::kill(-1, libc::SIGKILL) };
+    unsafe { libc::kill(target, signal) };
 }
 
 /// What all waited-for descendants used, getrusage(2) `RUSAGE_CHILDREN`.

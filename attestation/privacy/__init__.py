@@ -1,0 +1,1 @@
+"""Openings of commitments: kept, sealed, handed on in part, erased."""

@@ -1,0 +1,1 @@
+"""Step "verify": parts of a log to hand on, and checking one that was handed on."""

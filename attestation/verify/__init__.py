@@ -1,0 +1,1 @@
+"""Step "verify": what a trace is worth to somebody who was not there."""

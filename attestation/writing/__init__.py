@@ -1,0 +1,1 @@
+"""Step "record": the writer of one trace and what happens behind it."""
