@@ -34,10 +34,14 @@ MAX_NAMES = 100_000
 class Folder:
     """A trace folder held open by descriptor. Paths are relative, with ``/`` between parts."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open an existing folder. The root itself may be reached through links."""
+    def __init__(self, directory: Path | int) -> None:
+        """Open an existing folder. The root may be reached through links, or be a descriptor.
+
+        One that is handed in as a descriptor stays open, and is the caller's.
+        """
+        name, above = (".", directory) if isinstance(directory, int) else (directory, None)
         try:
-            self._root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._root = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
         except OSError as error:
             raise TraceInvalid(
                 f"{directory}: {error.strerror}", code="trace.io", hint="name a trace folder"

@@ -14,7 +14,7 @@ import pytest
 from tests.overlay_kit import fill
 
 from safeconduct.attestation import TraceWriter
-from safeconduct.call import Durability, EntryKind, Json, KeptChanges, Outcome, Tier
+from safeconduct.call import EntryKind, Json, KeptChanges, Outcome, Tier
 from safeconduct.runtime.supervisor import Runtime
 
 POLICY = """\
@@ -121,12 +121,10 @@ def seated(
             *,
             session: str,
             committed: Mapping[str, Json | bytes] | None = None,
-            durability: Durability = Durability.VOLATILE,
+            **options: object,
         ) -> object:
             entries.append(Entry(kind, body, committed or {}))
-            return real(
-                writer, kind, body, session=session, committed=committed, durability=durability
-            )
+            return real(writer, kind, body, session=session, committed=committed, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(TraceWriter, "append", append)
         runtime = stack.enter_context(start(folder))

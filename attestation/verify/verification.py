@@ -86,7 +86,7 @@ def verify_trace(
         finding = Finding(code=error.code, message=error.message)
         return make_report(Facts(directory=directory, findings=(finding,)))
     try:
-        with Folder(Path(f"/dev/fd/{descriptor}")) as folder:
+        with Folder(descriptor) as folder:
             wanted = usable_cpus() if jobs is None else jobs
             jobs = max(1, min(wanted, MAX_JOBS))
             run = _Verification(folder, descriptor, brought, jobs, on_progress)

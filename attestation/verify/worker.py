@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """Serve one verification: ``FD SIZE``."""
     fd, size = (int(argument) for argument in arguments)
     gc.disable()  # nothing here makes cycles, and looking for them costs a tenth of the time
-    with Folder(Path(f"/dev/fd/{fd}")) as folder, suppress(BrokenPipeError):
+    with Folder(fd) as folder, suppress(BrokenPipeError):
         while len(request := sys.stdin.buffer.read(_REQUEST.size)) == _REQUEST.size:
             start, count, structure = _REQUEST.unpack(request)
             summary = check_range(folder, range(start, start + count), size, structure=structure)
@@ -170,7 +170,7 @@ def check_ranges(
 def _check_here(
     directory_fd: int, size: int, ranges: Iterable[range], structure: Callable[[], bool]
 ) -> Generator[tuple[range, Summary]]:
-    with Folder(Path(f"/dev/fd/{directory_fd}")) as folder:
+    with Folder(directory_fd) as folder:
         for bundles in ranges:
             yield bundles, check_range(folder, bundles, size, structure=structure())
 
