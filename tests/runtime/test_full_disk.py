@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safeconduct.attestation import read_entries
+from safeconduct.call import EntryKind
+
 PROGRAM = """
 import os, resource, sys
 from safeconduct import Runtime, TraceInvalid
@@ -37,12 +40,13 @@ except TraceInvalid as error:
 """
 
 
-def test_a_call_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> None:
-    (tmp_path / "ws").mkdir()
+def fill(folder: Path, limit_bytes: int) -> tuple[bool, int, int]:
+    """Return whether the first refused call ran, and how many calls ran and were intended."""
+    (folder / "ws").mkdir(parents=True)
     policy = 'version: 1\ntools:\n  fs.write: {allow: {path: ["$WS/**"]}}\n'
-    (tmp_path / "policy.yaml").write_text(policy)
+    (folder / "policy.yaml").write_text(policy)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), str(16 << 10)],
+        [sys.executable, "-c", PROGRAM, str(folder), str(limit_bytes)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -50,7 +54,24 @@ def test_a_call_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> None:
     )
     refused, after, *closed = done.stdout.splitlines()
     code, number, exists = refused.split()
-    assert (code, exists) == ("trace.write_failed", "False")
+    assert code == "trace.write_failed"
     assert int(number) > 0
     assert after == "trace.write_failed False"
     assert closed == ["close trace.write_failed"]
+    (origin,) = folder.glob("state/**/origin")
+    kinds = [entry.kind for _, entry in read_entries(origin.parent)]
+    return (
+        exists == "True",
+        len(list((folder / "ws").iterdir())),
+        kinds.count(EntryKind.CALL_INTENT),
+    )
+
+
+def test_a_call_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> None:
+    """Where the disk is full only for an outcome, the call has run: its intent is there."""
+    ran_first: list[bool] = []
+    for step in range(4):
+        first, ran, intended = fill(tmp_path / str(step), (16 << 10) + 600 * step)
+        assert ran <= intended
+        ran_first.append(first)
+    assert False in ran_first
