@@ -28,6 +28,7 @@ SUDOERS = "/etc/sudoers.d/safeconduct-signer"
 _SUDO = "/usr/bin/sudo"
 _CODE = os.path.dirname(PROGRAM)
 _OURS = ("__init__.py", "call.py", "errors.py", "mounts.py")
+_FOLDERS = ("attestation", "attestation/signing", "attestation/proofs")
 _FOREIGN = ("cryptography", "msgspec", "_cffi_backend")
 _SECONDS = 60
 _WHY = "without it the log key lies under your own user id, and so within reach of what you run"
@@ -112,7 +113,7 @@ def _files() -> Iterator[tuple[str, Path]]:
     """Yield (path below the copy, source) of everything that the signer loads."""
     package = Path(errors.__file__).parent
     sources = [package / name for name in _OURS]
-    sources += sorted((package / "attestation").glob("*.py"))
+    sources += sorted(path for folder in _FOLDERS for path in (package / folder).glob("*.py"))
     for source in sources:
         yield f"lib/safeconduct/{source.relative_to(package)}", source
     for name in _FOREIGN:
