@@ -7,7 +7,6 @@ go to a temporary name, are synced and renamed, so that a reader sees a whole fi
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import stat
@@ -19,11 +18,11 @@ from types import TracebackType
 
 from safeconduct.errors import TraceInvalid
 
+from .files import CHANGE, create, require_only_name, shred, sync_file_system, write_whole
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHANGE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_APPEND = _CHANGE | os.O_CREAT | os.O_APPEND
+_APPEND = CHANGE | os.O_CREAT | os.O_APPEND
 _CHUNK = 1 << 20
 # With more files at once, one syncfs(2) is sooner done than an fdatasync(2) for each.
 _MANY_FILES = 24
@@ -171,7 +170,7 @@ class Folder:
             self.make(folder)
         with self._parent(path) as (parent, name):
             temporary = f".{name}.tmp"
-            fd = _create(temporary, mode, parent)
+            fd = create(temporary, mode, parent)
             try:
                 write_whole(fd, data)
                 if durable or synced:
@@ -207,7 +206,7 @@ class Folder:
         with self._parent(path) as (parent, name):
             fd = os.open(name, _APPEND, mode, dir_fd=parent)
             try:
-                _require_only_name(path, fd)
+                require_only_name(path, fd)
                 os.fsync(parent)
             except BaseException:
                 os.close(fd)
@@ -236,9 +235,9 @@ class Folder:
     def truncate(self, path: str, size_bytes: int) -> None:
         """Cut a file of ours and make that durable."""
         with self._parent(path) as (parent, name):
-            fd = os.open(name, _CHANGE, dir_fd=parent)
+            fd = os.open(name, CHANGE, dir_fd=parent)
             try:
-                _require_only_name(path, fd)
+                require_only_name(path, fd)
                 os.ftruncate(fd, size_bytes)
                 os.fsync(fd)
             finally:
@@ -286,72 +285,6 @@ class Folder:
             yield fd
         finally:
             os.close(fd)
-
-
-def shred(parent: int, name: str, *, linked: bool = True) -> bool:
-    """Overwrite a file below a descriptor with zeros and remove it; durable, and repeatable.
-
-    Without ``linked`` a file with further names (hard links) only loses this one: where somebody
-    else may have made the folder, it may be any file of ours.
-
-    Overwriting is best effort: a file system that copies on write, or a flash disk, may keep what
-    was there before. What is no plain file is only removed.
-    """
-    try:
-        fd = os.open(name, _CHANGE, dir_fd=parent)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno not in (ELOOP, ENXIO):
-            raise
-    else:
-        try:
-            if linked or os.fstat(fd).st_nlink == 1:
-                _overwrite(fd)
-        finally:
-            os.close(fd)
-    os.unlink(name, dir_fd=parent)
-    os.fsync(parent)
-    return True
-
-
-def _overwrite(fd: int) -> None:
-    status = os.fstat(fd)
-    left = status.st_size if stat.S_ISREG(status.st_mode) else 0
-    while left > 0:
-        left -= os.write(fd, bytes(min(left, _CHUNK)))
-    os.fsync(fd)
-
-
-def _create(name: str, mode: int, parent: int) -> int:
-    """Create a file that nobody else knows; what a crash, or somebody else, left there goes."""
-    try:
-        return os.open(name, _CREATE, mode, dir_fd=parent)
-    except FileExistsError:
-        os.unlink(name, dir_fd=parent)
-        return os.open(name, _CREATE, mode, dir_fd=parent)
-
-
-def _require_only_name(path: str, fd: int) -> None:
-    """Refuse to change what may be another file of ours: through a hard link, or no file at all."""
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
-
-
-def sync_file_system(fd: int) -> None:
-    """Make everything on a file system durable, and hear of any write that failed: syncfs(2)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(fd) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def write_whole(fd: int, data: bytes) -> None:
-    """Write all bytes or raise OSError: a disk that fills up mid-way counts as full."""
-    done = os.write(fd, data)
-    while done < len(data):
-        done += os.write(fd, data[done:])
 
 
 def _translate(path: str, error: OSError) -> TraceInvalid:

@@ -18,7 +18,8 @@ import msgspec
 
 from safeconduct.attestation.encoding import encode_committed
 from safeconduct.attestation.entry import SALT_BYTES, commit, commitment_field
-from safeconduct.attestation.folder import Folder, write_whole
+from safeconduct.attestation.files import write_whole
+from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.note import encode_base64
 from safeconduct.call import Json
 from safeconduct.errors import TraceInvalid

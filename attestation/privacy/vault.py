@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from safeconduct.attestation.folder import shred, write_whole
+from safeconduct.attestation.files import shred, write_whole
 from safeconduct.attestation.note import decode_base64, encode_base64
 from safeconduct.attestation.signing.key import require_outside
 from safeconduct.errors import TraceInvalid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -52,14 +52,10 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a verification saw; ``make_report`` says what follows from it."""
+class Seen:
+    """What stands in the log, as facts and report both say it."""
 
-    directory: Path
     findings: tuple[Finding, ...] = ()
-    head: Checkpoint | None = None
-    trust: Trust | None = None
-    pinned: bool = False
     claimed_keys: tuple[str, ...] = ()
     claimed_key_line: str = ""
     sessions: int = 0
@@ -70,12 +66,22 @@ class Facts:
     recoveries: int = 0
     redactions: int = 0
     clock_back: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts(Seen):
+    """What a verification saw; ``make_report`` says what follows from it."""
+
+    directory: Path
+    head: Checkpoint | None = None
+    trust: Trust | None = None
+    pinned: bool = False
     isolation: str = ""
     replayable: Replayable = field(default_factory=Replayable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Seen):
     """The outcome of verifying one trace.
 
     ``status`` is the exit code. ``level`` is the highest of ``levels`` that is reached; 0 when no
@@ -92,23 +98,12 @@ class Report:
     origin: str = ""
     signed_by: str = ""
     signed_key: str = ""
-    claimed_keys: tuple[str, ...] = ()
-    claimed_key_line: str = ""
     size: int = 0
     root: str = ""
-    sessions: int = 0
-    calls: int = 0
-    open_sessions: int = 0
-    open_calls: int = 0
-    unsigned: int = 0
-    recoveries: int = 0
-    redactions: int = 0
-    clock_back: int = -1
     rotations: int = 0
     replayable: int = 0
     sealed: int = 0
     openings_cut: bool = False
-    findings: tuple[Finding, ...] = ()
     not_checked: tuple[str, ...] = ()
     next_steps: tuple[str, ...] = ()
 
@@ -222,29 +217,19 @@ def make_report(facts: Facts) -> Report:
     status = status_of(facts)
     levels = levels_of(facts, status)
     return Report(
+        **{one.name: getattr(facts, one.name) for one in fields(Seen)},
         status=status,
         level=max((one.number for one in levels if one.reached), default=0),
         levels=levels,
         origin=head.origin if head else "",
         signed_by=trust.signed_by.name if trust and trust.signed_by else "",
         signed_key=trust.signed_by.line if trust and trust.signed_by else "",
-        claimed_keys=facts.claimed_keys,
-        claimed_key_line=facts.claimed_key_line,
         size=head.size if head else 0,
         root=head.root.hex() if head else "",
-        sessions=facts.sessions,
-        calls=facts.calls,
-        open_sessions=facts.open_sessions,
-        open_calls=facts.open_calls,
-        unsigned=facts.unsigned,
-        recoveries=facts.recoveries,
-        redactions=facts.redactions,
-        clock_back=facts.clock_back,
         rotations=trust.rotations if trust else 0,
         replayable=min(facts.replayable.documents, facts.calls),
         sealed=facts.replayable.sealed,
         openings_cut=facts.replayable.cut,
-        findings=facts.findings,
         not_checked=not_checked(facts, status, levels),
         next_steps=next_steps(facts, status),
     )

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from safeconduct.attestation.chain import Chains
 from safeconduct.attestation.checkpoint import Checkpoint
 from safeconduct.attestation.entry import Entry, parse_entry
-from safeconduct.attestation.folder import Folder, write_whole
+from safeconduct.attestation.files import write_whole
+from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.journal import JournalTail, journal_files, journal_path, read_frames
 from safeconduct.attestation.merkle import EMPTY_ROOT, leaf_hash
 from safeconduct.attestation.note import Note, VerifierKey

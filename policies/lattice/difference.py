@@ -21,8 +21,9 @@ from safeconduct.policies.signatures import BUILT_IN, RESERVED, Kind
 from safeconduct.policies.wildcards import is_ours, is_wildcard
 
 from .difference_examples import Case, Sides, find_example
-from .difference_rules import Doubt, doubts
+from .difference_rules import doubts
 from .difference_settings import SETTINGS, settings
+from .doubt import Doubt
 from .inclusion import Effort, Language, bounded, classes
 from .profiles import profile_widenings
 from .rules import Scope

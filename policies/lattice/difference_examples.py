@@ -16,8 +16,8 @@ from safeconduct.policies.match import AnyValue, Matcher
 from safeconduct.policies.rules import Judged
 from safeconduct.policies.signatures import Kind, Signature
 
-from .difference_rules import Doubt
 from .difference_shell import joined_calls
+from .doubt import Doubt
 from .examples import examples
 from .inclusion import Language, search
 from .matchers import path_parts

@@ -6,70 +6,23 @@ the new rules judge more kindly than the old ones always lies in some Doubt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Final
 
 from safeconduct.call import Effect, Profile
 from safeconduct.policies.binding import Rule, ToolRules
-from safeconduct.policies.match import Argv
 from safeconduct.policies.rules import Policy
-from safeconduct.policies.signatures import Kind, Signature
+from safeconduct.policies.signatures import Signature
 
-from .profiles import profile_within
+from .difference_profiles import ProfileComparison
+from .doubt import Doubt, Rules, likeness
 from .rules import Scope, as_restriction, bound_within
 
 # LIMIT: new rules that are tried as what counts the Calls of one old Bound.
 MAX_COUNTING: Final = 16
 _EMPTY: Final = ToolRules(signature=Signature())
 _CODES: Final = {Effect.ALLOW: "diff.allows", Effect.ASK: "diff.asks"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Doubt:
-    """A rule of the new policy that may be wider. ``focus`` is the old rule it may get around."""
-
-    code: str
-    rule: Rule
-    focus: Rule | None = None
-
-
-class Rules:
-    """Some rules, those that say the same as another one first."""
-
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self.all = tuple(rules)
-        self._alike: dict[object, list[Rule]] = {}
-        self._programs: dict[str | None, list[Rule]] = {}
-        for rule in self.all:
-            self._alike.setdefault(_likeness(rule), []).append(rule)
-            self._programs.setdefault(_program(rule), []).append(rule)
-
-    def near(self, rule: Rule) -> Iterator[Rule]:
-        """Yield all of them; whoever looks for a twin finds it at once."""
-        return chain(self._alike.get(_likeness(rule), ()), self.all)
-
-    def of_program(self, rule: Rule) -> Iterable[Rule]:
-        """Return those that may speak of the program that a rule names, if it names one."""
-        program = _program(rule)
-        if program is None:
-            return self.all
-        return chain(self._programs.get(program, ()), self._programs.get(None, ()))
-
-
-def _program(rule: Rule) -> str | None:
-    """Return the one program that a rule is about; None where it may be about several."""
-    matcher = (rule.matchers or {}).get("argv")
-    programs = matcher.programs if isinstance(matcher, Argv) else frozenset[str]()
-    return next(iter(programs), None)
-
-
-def _likeness(rule: Rule) -> object:
-    # A hint only: what is alike is compared all the same.
-    matchers = rule.matchers or {}
-    words = tuple((name, matchers[name].describe()) for name in sorted(matchers))
-    return (words, rule.when.text if rule.when else None)
 
 
 def doubts(old: Policy | None, new: Policy, tool: str) -> list[Doubt]:
@@ -106,7 +59,6 @@ class _Comparison:
         self._grants = [
             rule for rule in after.allow + after.ask if not self._swallowed(rule, self._deny)
         ]
-        self._within: dict[tuple[Profile, Profile], bool] = {}
 
     def granted(self) -> Iterator[Doubt]:
         """Yield where a Call may be granted that was denied."""
@@ -176,117 +128,11 @@ class _Comparison:
         """Yield where a Call may run with more than before."""
         if self._old is None:
             return
-        by_profile: dict[Profile, list[Rule]] = {}
-        for grant in self._grants:
-            by_profile.setdefault(self._new.profile_of(grant), []).append(grant)
-        for was in self._was_granted.all:
-            before = self._old.profile_of(was)
-            wider = [one for one in by_profile if not self._is_within(one, before)]
-            holders = self._holders(was, before) if wider else []
-            for grant in (rule for profile in wider for rule in by_profile[profile]):
-                if grant.effect is Effect.ASK:
-                    alike = self._asked_alike(grant, was, before)
-                else:
-                    # What was asked about is what `allowed` speaks of.
-                    alike = any(self._is_held(rule, was, grant) for rule in holders)
-                    alike = alike or was.effect is Effect.ASK
-                    alike = alike or self._scope.apart(grant, was, grants=True)
-                    alike = alike or self._holds_profile(was, before, grant)
-                if not alike:
-                    yield Doubt(code="diff.profile", rule=grant, focus=was)
-
-    def _holds_profile(self, was: Rule, before: Profile, grant: Rule) -> bool:
-        """Tell whether one new allow gives all of a grant no more than the old rule's profile."""
-        return any(
-            self._scope.grant_covers(rule, grant)
-            and self._is_within(self._new.profile_of(rule), before)
-            and self._is_held(rule, was, grant)
-            for rule in self._allow.near(was)
-        )
-
-    def _holders(self, was: Rule, before: Profile) -> list[Rule]:
-        """Return the new allows that give all of an old rule no more than its profile."""
-        return [
-            rule
-            for rule in self._allow.near(was)
-            if self._scope.grant_covers(rule, was)
-            and self._is_within(self._new.profile_of(rule), before)
-        ]
-
-    def _is_held(self, holder: Rule, was: Rule, grant: Rule) -> bool:
-        """Tell whether a rule's profile counts wherever an old rule's did, and another one grants.
-
-        A grant covers nothing that its own profile hides: there its profile does not count.
-        """
-        return self._shows(holder, grant) and self._stays(holder, was, grant)
-
-    def _stays(self, holder: Rule, was: Rule, grant: Rule) -> bool:
-        """Tell whether what a rule hides, the old one hid or the other one hides too."""
-        hidden = {*self._new.profile_of(holder).hide}
-        names = self._paths_of(holder)
-        if self._old is None or not (hidden and names):
-            return True
-        for policy, rule in ((self._old, was), (self._new, grant)):
-            if names <= self._paths_of(rule):
-                hidden.difference_update(policy.profile_of(rule).hide)
-        return not hidden
-
-    def _paths_of(self, rule: Rule) -> set[str]:
-        """Return the arguments in which a profile may hide what a rule grants (hiding.py)."""
-        signature = self._scope.signature
-        if signature.closed:
-            return {*signature.paths}
-        matchers = rule.matchers or {}
-        return {name for name in matchers if matchers[name].kind is Kind.PATH}
-
-    def _shows(self, holder: Rule, grant: Rule) -> bool:
-        """Tell whether a rule grants what another one does, also of what its own profile hides.
-
-        What it hides the other one alone grants then, which is nothing new where an old rule did.
-        """
-        hidden = {*self._new.profile_of(holder).hide}
-        shown = {*self._new.profile_of(grant).hide}
-        if hidden <= shown or not self._scope.signature.paths:
-            return True
-        old = self._old
-        return old is not None and any(
-            {*old.profile_of(was).hide} <= shown and self._scope.grant_covers(was, grant)
-            for was in self._was_granted.near(grant)
-        )
-
-    def _asked_alike(self, ask: Rule, was: Rule, before: Profile) -> bool:
-        """Tell whether what an ask lets run was surely judged with the old rule's profile or less.
-
-        It runs with what every ask and every grant gives (decision.py).
-        """
-        scope = self._scope
-        if scope.restrictions_apart(ask, was):
-            return True
-        if any(
-            self._is_within(self._new.profile_of(rule), before)
-            and (
-                scope.restriction_covers(rule, None, was)
-                or scope.restriction_covers(rule, None, ask)
-            )
-            for rule in self._ask.near(was)
-        ):
-            return True
-        return was.effect is Effect.ALLOW and self._grants_within(was, before, ask)
-
-    def _grants_within(self, was: Rule, before: Profile, ask: Rule) -> bool:
-        """Tell whether a new grant gives all of an old one, and no more than its profile."""
-        return any(
-            self._is_within(self._new.profile_of(rule), before)
-            and self._scope.grant_covers(rule, was)
-            and self._is_held(rule, was, ask)
-            for rule in chain(self._allow.near(was), self._ask.all)
-        )
-
-    def _is_within(self, narrow: Profile, wide: Profile) -> bool:
-        key = (narrow, wide)
-        if key not in self._within:
-            self._within[key] = profile_within(narrow, wide)
-        return self._within[key]
+        compared = ProfileComparison(
+            self._old, self._new, self._scope,
+            was_granted=self._was_granted, allow=self._allow, ask=self._ask,
+        )  # fmt: skip
+        yield from compared.doubts(self._grants)
 
     def bounds(self) -> Iterator[Doubt]:
         """Yield where a rate or a budget may no longer count every Call that it counted."""
@@ -362,7 +208,7 @@ class _Comparison:
     def _unchanged(self) -> bool:
         if self._old is None:
             return False
-        old = {(_likeness(x), x.effect, self._old.profile_of(x)) for x in self._was_granted.all}
+        old = {(likeness(x), x.effect, self._old.profile_of(x)) for x in self._was_granted.all}
         granting = self._allow.all + self._ask.all
-        new = {(_likeness(x), x.effect, self._new.profile_of(x)) for x in granting}
+        new = {(likeness(x), x.effect, self._new.profile_of(x)) for x in granting}
         return len({profile for _, _, profile in old}) <= 1 or new == old

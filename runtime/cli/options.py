@@ -50,6 +50,24 @@ OutcomeOption = Annotated[
     Path | None,
     typer.Option("--outcome", help="Write how the call ended to this file, as JSON."),
 ]
+KeysOption = Annotated[
+    list[str] | None,
+    typer.Option("--key", help="A public key line you trust, or a file of such. Repeatable."),
+]
+TrustOption = Annotated[
+    Path | None, typer.Option("--trust", help="A folder of *.pub files with such lines.")
+]
+OriginOption = Annotated[
+    str | None, typer.Option("--origin", help="The log it must be, not just any of the key.")
+]
+WitnessPolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", help="A tlog-policy file of yours: logs, witnesses, quorum."),
+]
+OperatorOption = Annotated[
+    list[str] | None,
+    typer.Option("--operator", help="A witness of that file that is the operator's own."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TraceArgument = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace folder, or a name from `trace ls`.")

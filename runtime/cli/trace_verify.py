@@ -18,7 +18,15 @@ from safeconduct.attestation.verify.remembered import Memory, memory_folder
 from safeconduct.attestation.verify.report import Report
 from safeconduct.errors import TraceInvalid
 
-from .options import JsonOption, TraceArgument
+from .options import (
+    JsonOption,
+    KeysOption,
+    OperatorOption,
+    OriginOption,
+    TraceArgument,
+    TrustOption,
+    WitnessPolicyOption,
+)
 from .places import find_trace
 from .source import UsageError
 from .terminal import print_json, print_line
@@ -26,28 +34,15 @@ from .terminal import print_json, print_line
 
 def verify(
     trace: TraceArgument,
-    key: Annotated[
-        list[str] | None,
-        typer.Option("--key", help="A public key line you trust, or a file of such. Repeatable."),
-    ] = None,
-    trust: Annotated[
-        Path | None, typer.Option("--trust", help="A folder of *.pub files with such lines.")
-    ] = None,
-    origin: Annotated[
-        str | None, typer.Option("--origin", help="The log it must be, not just any of the key.")
-    ] = None,
+    key: KeysOption = None,
+    trust: TrustOption = None,
+    origin: OriginOption = None,
     checkpoint: Annotated[
         list[Path] | None,
         typer.Option("--checkpoint", help="A checkpoint of this log that you kept. Repeatable."),
     ] = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option("--policy", help="A tlog-policy file of yours: logs, witnesses, quorum."),
-    ] = None,
-    operator: Annotated[
-        list[str] | None,
-        typer.Option("--operator", help="A witness of that file that is the operator's own."),
-    ] = None,
+    policy: WitnessPolicyOption = None,
+    operator: OperatorOption = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes (default: one a processor).")
     ] = None,

@@ -14,7 +14,14 @@ import typer
 from safeconduct.attestation.proofs.handed_on import Handed, check_handed
 from safeconduct.errors import TraceInvalid
 
-from .options import JsonOption
+from .options import (
+    JsonOption,
+    KeysOption,
+    OperatorOption,
+    OriginOption,
+    TrustOption,
+    WitnessPolicyOption,
+)
 from .source import UsageError
 from .terminal import print_json, print_line
 
@@ -23,27 +30,15 @@ def verify_proof(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A proof, a session bundle or a statement.")
     ],
-    key: Annotated[
-        list[str] | None, typer.Option("--key", help="A public key line you trust. Repeatable.")
-    ] = None,
-    trust: Annotated[
-        Path | None, typer.Option("--trust", help="A folder of *.pub files with such lines.")
-    ] = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option("--policy", help="A tlog-policy file of yours: logs, witnesses, quorum."),
-    ] = None,
-    operator: Annotated[
-        list[str] | None,
-        typer.Option("--operator", help="A witness of that file that is the operator's own."),
-    ] = None,
+    key: KeysOption = None,
+    trust: TrustOption = None,
+    policy: WitnessPolicyOption = None,
+    operator: OperatorOption = None,
     entry: Annotated[
         Path | None,
         typer.Option("--entry", help="The entry a proof is about (default: the file beside it)."),
     ] = None,
-    origin: Annotated[
-        str | None, typer.Option("--origin", help="The log it must be, not just any of the key.")
-    ] = None,
+    origin: OriginOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Check a proof, a session bundle or a statement, offline, and say what was not checked.

@@ -24,7 +24,7 @@ from safeconduct.policies.lattice.difference import difference
 
 from . import random_policies as made
 from .reference import Given, Plain, evaluate
-from .test_properties import CALLS, RANK, beside, drawn, shuffled
+from .test_properties import CALLS, RANK, beside, drawn, shuffled, without_a_grant
 from .test_widening import changed
 
 CALLS_PER_POLICY = 25
@@ -171,21 +171,6 @@ def in_part(plain: Plain, name: str | None, change: Callable[[Plain], Plain]) ->
     if name is None:
         return change(plain)
     return replace(plain, roles={**plain.roles, name: change(plain.roles[name])})
-
-
-def without_a_grant(random: Random, plain: Plain) -> Plain:
-    places = [
-        (name, at)
-        for name, rules in plain.tools.items()
-        for at, rule in enumerate(rules)
-        if rule.effect == "allow"
-    ]
-    if not places:
-        return plain
-    name, at = random.choice(places)
-    left = [rule for index, rule in enumerate(plain.tools[name]) if index != at]
-    tools = {key: rules for key, rules in plain.tools.items() if key != name}
-    return replace(plain, tools=tools | ({name: left} if left else {}))
 
 
 def with_a_deny(random: Random, plain: Plain) -> Plain:

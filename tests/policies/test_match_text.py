@@ -225,7 +225,7 @@ def test_any_pattern_is_compiled_or_refused(pattern: str) -> None:
         regex = compile_regex(pattern)
     except ValueError:
         return
-    assert 1 < regex.programs[0].programsize <= MAX_PROGRAM
+    assert MAX_PROGRAM >= regex.programs[0].programsize > 1
     assert regex.matches("a") in (True, False)
 
 

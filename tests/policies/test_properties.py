@@ -124,9 +124,7 @@ def test_less_is_never_more(change: str) -> None:
         narrower = (
             without_a_grant(random, plain) if "without" in change else with_a_deny(random, plain)
         )
-        if narrower is None:
-            continue
-        changed += 1
+        changed += narrower is not plain
         for one, before, after in zip(
             given, judge(plain, given), judge(narrower, given), strict=True
         ):
@@ -134,7 +132,7 @@ def test_less_is_never_more(change: str) -> None:
     assert changed >= CALLS // CALLS_PER_POLICY // 2
 
 
-def without_a_grant(random: Random, plain: Plain) -> Plain | None:
+def without_a_grant(random: Random, plain: Plain) -> Plain:
     places = [
         (name, at)
         for name, rules in plain.tools.items()
@@ -142,7 +140,7 @@ def without_a_grant(random: Random, plain: Plain) -> Plain | None:
         if rule.effect == "allow"
     ]
     if not places:
-        return None
+        return plain
     name, at = random.choice(places)
     fewer = [rule for index, rule in enumerate(plain.tools[name]) if index != at]
     tools = {key: rules for key, rules in plain.tools.items() if key != name}

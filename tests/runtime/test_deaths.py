@@ -120,14 +120,20 @@ def test_waiting_sandboxes_that_died_are_replaced(own: tuple[NativeSandbox, Laun
     for depth in ("init", "stub", "template"):
         assert wait(lambda: len([two for one in natives(launcher) for two in below(one)]) >= 3)
         templates = templates_of(launcher)
-        # One that is just being made has no stub yet.
+        for pid in templates:
+            os.kill(pid, signal.SIGSTOP)  # it makes no more of them while they are counted
         pairs = [(one, children(one)) for template in templates for one in children(template)]
+        # One that is just being made has no stub yet.
         inits = [init for init, made in pairs if made]
         stubs = [stub for _, made in pairs for stub in made]
         for pid in {"init": inits, "stub": stubs, "template": templates}[depth]:
             os.kill(pid, signal.SIGKILL)
         ended = [*inits, *stubs]
+        if depth == "template":
+            ended += [*templates, *(init for init, made in pairs if not made)]
         assert wait(lambda ended=ended: not any(alive(one) for one in ended))
+        for pid in set(templates).difference(ended):
+            os.kill(pid, signal.SIGCONT)
         assert run(sandbox, "true") == 0, depth
 
 

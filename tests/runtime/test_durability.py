@@ -268,6 +268,7 @@ class TestTheLog:
         runtime = desk.start()
         for number in range(40):
             runtime.call("fs.write", path=f"f{number}", content=os.urandom(32_000).hex())
+        assert (desk.workspace / "f39").exists()
 
     def test_another_quota_needs_another_start(self, desk: Desk) -> None:
         runtime = desk.start("trace: {quota: 1GiB}")

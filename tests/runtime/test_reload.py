@@ -332,7 +332,7 @@ def test_nobody_who_could_be_told_is_no_reason_to_end_a_call(desk: Desk) -> None
         tell=closed,
     ) as runtime:  # fmt: skip
         _broken(desk)
-        runtime.call("fs.read", path="file")
+        assert runtime.call("fs.read", path="file").ok
 
 
 def test_the_trace_has_a_version_before_any_call_is_judged_by_it(

@@ -1,0 +1,83 @@
+"""Step "record": single files, by the descriptor of the folder that holds them.
+
+No link is followed, and nothing blocks on a FIFO or a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from errno import ELOOP, ENXIO
+
+from safeconduct.errors import TraceInvalid
+
+CHANGE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 1 << 20
+
+
+def create(name: str, mode: int, parent: int) -> int:
+    """Create a file that nobody else knows; what a crash, or somebody else, left there goes."""
+    try:
+        return os.open(name, _CREATE, mode, dir_fd=parent)
+    except FileExistsError:
+        os.unlink(name, dir_fd=parent)
+        return os.open(name, _CREATE, mode, dir_fd=parent)
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Write all bytes or raise OSError: a disk that fills up mid-way counts as full."""
+    done = os.write(fd, data)
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def require_only_name(path: str, fd: int) -> None:
+    """Refuse to change what may be another file of ours: through a hard link, or no file at all."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
+
+
+def sync_file_system(fd: int) -> None:
+    """Make everything on a file system durable, and hear of any write that failed: syncfs(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def shred(parent: int, name: str, *, linked: bool = True) -> bool:
+    """Overwrite a file below a descriptor with zeros and remove it; durable, and repeatable.
+
+    Without ``linked`` a file with further names (hard links) only loses this one: where somebody
+    else may have made the folder, it may be any file of ours.
+
+    Overwriting is best effort: a file system that copies on write, or a flash disk, may keep what
+    was there before. What is no plain file is only removed.
+    """
+    try:
+        fd = os.open(name, CHANGE, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in (ELOOP, ENXIO):
+            raise
+    else:
+        try:
+            if linked or os.fstat(fd).st_nlink == 1:
+                _overwrite(fd)
+        finally:
+            os.close(fd)
+    os.unlink(name, dir_fd=parent)
+    os.fsync(parent)
+    return True
+
+
+def _overwrite(fd: int) -> None:
+    status = os.fstat(fd)
+    left = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    while left > 0:
+        left -= os.write(fd, bytes(min(left, _CHUNK)))
+    os.fsync(fd)
