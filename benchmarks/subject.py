@@ -15,11 +15,12 @@ from safeconduct.runtime.sandbox import cgroup
 from safeconduct.runtime.sandbox.launcher import Launcher
 from safeconduct.runtime.sandbox.layout import Layout
 from safeconduct.runtime.sandbox.machine import Machine
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.overlay import Keeper
 from safeconduct.runtime.sandbox.plan import Plan
 from safeconduct.runtime.sandbox.pool import AHEAD
 from safeconduct.runtime.sandbox.shield import Shield
+from safeconduct.runtime.sandbox.survey import survey
 
 TRUE = "/usr/bin/true"
 _READ_BYTES = 64 << 10

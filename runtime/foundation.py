@@ -29,10 +29,11 @@ from .sandbox import cgroup
 from .sandbox.launcher import Launcher
 from .sandbox.layout import inside
 from .sandbox.machine import Machine
-from .sandbox.native import NativeSandbox, survey
+from .sandbox.native import NativeSandbox
 from .sandbox.overlay import Keeper, Recovered, Recovery
 from .sandbox.python import PythonEngine
 from .sandbox.shield import Shields
+from .sandbox.survey import survey
 from .sandbox.wasm import WasmEngine
 from .signing import start_signer
 from .tools.toolbox import Toolbox

@@ -22,10 +22,11 @@ from safeconduct.runtime.sandbox.cgroup import Cgroups
 from safeconduct.runtime.sandbox.launcher import Launcher
 from safeconduct.runtime.sandbox.layout import Layout
 from safeconduct.runtime.sandbox.machine import Machine
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.plan import Plan
 from safeconduct.runtime.sandbox.scratch import remove_tree
 from safeconduct.runtime.sandbox.shield import Shield
+from safeconduct.runtime.sandbox.survey import survey
 
 
 @dataclass(frozen=True)

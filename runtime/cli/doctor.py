@@ -93,7 +93,7 @@ def _survey(stack: ExitStack) -> tuple[Machine | None, str]:
     try:
         from safeconduct.runtime.sandbox import cgroup
         from safeconduct.runtime.sandbox.launcher import Launcher
-        from safeconduct.runtime.sandbox.native import survey
+        from safeconduct.runtime.sandbox.survey import survey
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the runtime cannot be loaded: {error}"
     try:

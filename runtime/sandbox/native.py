@@ -14,7 +14,6 @@ from safeconduct.call import (
     Limits,
     Outcome,
     Profile,
-    Refused,
     Tier,
     WorkspaceMode,
 )
@@ -33,7 +32,7 @@ from .layout import (
 from .overlay import Keeper, Layers
 from .plan import Plan, Setting
 from .pool import AHEAD, Pool
-from .refused import Refusals
+from .refused import Listening
 from .running import Running
 from .scratch import Scratches
 from .shield import Shield
@@ -136,7 +135,7 @@ class NativeSandbox:
                 begun(running)
             running.pool.reach()
             capture = Capture(profile.limits.output_bytes, sink)
-            refusals = _Listening(held, profile, self.program(profile)) if explain else None
+            refusals = Listening(held, profile, self.program(profile)) if explain else None
             with closing(running.watch()) as watch:
                 try:
                     end = capture.follow(
@@ -144,7 +143,7 @@ class NativeSandbox:
                         running.streams,
                         profile.limits.wall_ms,
                         watch,
-                        arrived=(lambda: refusals.take(running)) if refusals else None,
+                        arrived=(lambda: refusals.take(running.channel)) if refusals else None,
                     )
                 except SandboxFailed as error:
                     if error.step in ("channel", "launcher"):
@@ -385,47 +384,3 @@ def _again_if_stale(attempt: Callable[[], _T]) -> _T:
             if error.code != STALE:
                 raise
     return attempt()
-
-
-class _Listening:
-    """Counts what seccomp refuses in one call, once its listener has come."""
-
-    def __init__(self, held: ExitStack, profile: Profile, program: bytes) -> None:
-        self._held, self._profile, self._program = held, profile, program
-        self._refusals: Refusals | None = None
-
-    def take(self, running: Running) -> None:
-        listener, running.channel.listener = running.channel.listener, None
-        if listener is not None and self._refusals is None:
-            self._refusals = Refusals(listener, self._program)
-            self._held.enter_context(self._refusals.start())
-
-    def found(self) -> tuple[Refused, ...]:
-        return self._refusals.found(self._profile.name) if self._refusals else ()
-
-
-def survey(launcher: Launcher, cgroups: cgroup.Cgroups | None) -> machine.Machine:
-    """Try each tier with a program that does nothing, and say what this machine gives."""
-    tiers: dict[Tier, str] = {}
-    for tier in Tier:
-        shortfall = machine.landlock_shortfall(launcher.landlock_abi, tier)
-        tiers[tier] = shortfall or _try(launcher, tier)
-    return machine.Machine(
-        tiers=tiers,
-        landlock_abi=launcher.landlock_abi,
-        cgroups=cgroups,
-        root=machine.is_root(),
-    )
-
-
-def _try(launcher: Launcher, tier: Tier) -> str:
-    profile = Profile(name="survey", limits=Limits(wall_ms=10_000))
-    program = Program(argv=["true"], cwd="/usr")
-    with closing(NativeSandbox(launcher, tier=tier, cgroups=None, ahead=0)) as sandbox:
-        try:
-            outcome = sandbox.run("survey", program, profile, workspace="/usr", shield=Shield())
-        except (SandboxFailed, SandboxUnavailable, ToolFailed) as error:
-            return error.message
-    if outcome.signal is not None:
-        return f"A trial program was ended by signal {outcome.signal}."
-    return "" if outcome.ok else f"A trial program ended with {outcome.exit_code}."

@@ -14,17 +14,19 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from fcntl import ioctl
 from types import TracebackType
 from typing import Self
 
 import pyseccomp as libseccomp
 
-from safeconduct.call import Refused
+from safeconduct.call import Profile, Refused
 from safeconduct.errors import SandboxFailed, SandboxUnavailable
 from safeconduct.syscalls import ADDABLE, NEVER, why_never
 
 from . import bpf
+from .channel import Channel
 from .seccomp import judged_by_arguments, needs_namespaces, refusal_errno
 
 # linux/seccomp.h: SECCOMP_IOCTL_NOTIF_RECV and _SEND, whose numbers hold the sizes below.
@@ -242,3 +244,22 @@ def _name(architecture: int, number: int) -> str:
         return libseccomp.resolve_syscall(architecture, number).decode("ascii")
     except ValueError:
         return _NEWER.get(number, f"system call {number}")
+
+
+class Listening:
+    """Counts what seccomp refuses in one call, once its listener has come."""
+
+    def __init__(self, held: ExitStack, profile: Profile, program: bytes) -> None:
+        self._held, self._profile, self._program = held, profile, program
+        self._refusals: Refusals | None = None
+
+    def take(self, channel: Channel) -> None:
+        """Take the listener from the line to the sandbox, if it has come."""
+        listener, channel.listener = channel.listener, None
+        if listener is not None and self._refusals is None:
+            self._refusals = Refusals(listener, self._program)
+            self._held.enter_context(self._refusals.start())
+
+    def found(self) -> tuple[Refused, ...]:
+        """Return what was refused; nothing where no listener came."""
+        return self._refusals.found(self._profile.name) if self._refusals else ()

@@ -17,8 +17,9 @@ from safeconduct.call import Held, Limits, Outcome, Profile, Tier
 from safeconduct.errors import LimitExceeded, SandboxFailed, SandboxUnavailable, ToolFailed
 from safeconduct.runtime.sandbox import cgroup, wasm, wasm_worker
 from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import NativeSandbox, Program, survey
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.shield import Shield
+from safeconduct.runtime.sandbox.survey import survey
 from safeconduct.runtime.sandbox.wasm import WasmEngine
 from safeconduct.runtime.sandbox.wasm_worker import Inventory, Refusal
 
