@@ -5,6 +5,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 LINKED := src/safeconduct/runtime/ src/safeconduct/policies/ src/safeconduct/attestation/
+# Two at a time, a file never divided: most of them wait for processes, disks and clocks.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 SOURCES := $(wildcard native/Cargo.* native/launcher/Cargo.toml native/launcher/src/*.rs)
 
 setup: $(VENV)/.ready ## make .venv, build the launcher, install everything (idempotent)
@@ -20,7 +22,7 @@ run: setup ## the demo: an agent's calls judged, confined, recorded, verified an
 
 test: setup ## every test
 	cd native && cargo test --locked --quiet
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-vm: setup ## stock kernels under QEMU: cgroup v2, refused namespaces, no Landlock (minutes)
 	scripts/vm-packages.sh
@@ -34,7 +36,7 @@ check: setup ## format, lint, types, imports, native lints, tests: what CI runs
 	$(BIN)/lint-imports
 	cd native && cargo fmt --check && cargo clippy --locked --quiet --all-targets -- -D warnings
 	cd native && cargo test --locked --quiet
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup ## every benchmark, quickly; see benchmarks/ for the long runs
 	@for file in benchmarks/bench_*.py; do \

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -71,6 +72,14 @@ class Box:
     def without_cgroups(self, launcher: Launcher) -> Box:
         """Return the same box with rlimits only."""
         return replace(self, sandbox=NativeSandbox(launcher, tier=self.tier, cgroups=None))
+
+
+def pytest_configure() -> None:
+    """Let the commands under test be interrupted: a job that a script starts in the background
+    ignores these two, and so would all that it starts (POSIX sh, Signals and Error Handling).
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
