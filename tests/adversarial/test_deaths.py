@@ -167,6 +167,7 @@ def prey(
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_one_dies_while_all_wait(prey: Prey, victim: str, sent: signal.Signals) -> None:
     victims = prey.at(victim)
+    doomed = [pid for one in victims for pid, _ in below(one)]
     for pid in victims:
         os.kill(pid, sent)
     if sent == signal.SIGKILL:
@@ -177,6 +178,7 @@ def test_one_dies_while_all_wait(prey: Prey, victim: str, sent: signal.Signals) 
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(doomed), f"processes are left: {alive(doomed)}")
     prey.recovers()
     assert prey.call("true").ok
 
@@ -212,10 +214,12 @@ def command(pid: int) -> bytes:
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_one_dies_again_and_again_while_pools_fill(prey: Prey, victim: str) -> None:
     stop, ended, refused = threading.Event(), 0, 0
+    doomed: list[int] = []
 
     def kill() -> None:
         while not stop.wait(0.03):
             for pid in prey.at(victim)[:2]:
+                doomed.extend(one for one, _ in below(pid))
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -236,6 +240,7 @@ def test_one_dies_again_and_again_while_pools_fill(prey: Prey, victim: str) -> N
         stop.set()
         killer.join()
     assert ended + refused == 60
+    until(lambda: not alive(doomed), f"processes are left: {alive(doomed)}")
     prey.recovers()
     assert prey.call("true").ok
 
