@@ -20,6 +20,8 @@ from safeconduct.errors import TraceInvalid
 
 # LIMIT: the length prefix of a C2SP entry bundle has 16 bits (tlog-tiles, "Log entries").
 MAX_ENTRY_BYTES = 65_535
+# LIMIT: a ``key.rotate`` entry: three lines fit many times. A verifier follows no larger one.
+MAX_ROTATION_BYTES = 8 << 10
 # LIMIT: arrays and objects inside each other; deeper input is refused before anything walks it.
 MAX_DEPTH = 32
 # LIMIT: the largest integer every JSON implementation reads exactly (RFC 7493 §2.2).

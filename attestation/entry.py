@@ -7,7 +7,7 @@ is a salted commitment. Readers ignore fields they do not know; the ones listed 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final, TypeAlias, cast
@@ -101,6 +101,14 @@ def _is_commitment(value: object) -> bool:
 def commit(salt: bytes, data: bytes) -> str:
     """Return the commitment to some bytes, in hex."""
     return sha256(_COMMITMENT_PREFIX + salt + data).hexdigest()
+
+
+def commit_pieces(salt: bytes, pieces: Iterable[bytes]) -> str:
+    """Return the commitment to bytes that come piece by piece, none of which is kept or copied."""
+    hashed = sha256(_COMMITMENT_PREFIX + salt)
+    for piece in pieces:
+        hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def commitment_field(digest: str) -> dict[str, str]:

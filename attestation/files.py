@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-from errno import ELOOP, ENXIO
+from errno import ELOOP, ENOENT, ENOTDIR, ENXIO
 
 from safeconduct.errors import TraceInvalid
 
 CHANGE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 20
+_PIECE = 1 << 16
 
 
 def create(name: str, mode: int, parent: int) -> int:
@@ -24,6 +25,39 @@ def create(name: str, mode: int, parent: int) -> int:
     except FileExistsError:
         os.unlink(name, dir_fd=parent)
         return os.open(name, _CREATE, mode, dir_fd=parent)
+
+
+def unreadable(path: str, error: OSError) -> TraceInvalid:
+    """Return the error for what cannot be opened or read: absent, no plain file, or out of order.
+
+    Its code is ``trace.missing``, ``trace.hostile`` or ``trace.io``.
+    """
+    if error.errno == ENOENT:
+        return TraceInvalid(f"{path} is missing", code="trace.missing")
+    if error.errno in (ELOOP, ENOTDIR, ENXIO):
+        return TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
+    return TraceInvalid(f"{path}: {error.strerror}", code="trace.io")
+
+
+def read_some(fd: int, path: str, most: int = _CHUNK) -> bytes:
+    """Read what one read(2) gives, nothing at the end. Raise TraceInvalid as ``unreadable``."""
+    try:
+        return os.read(fd, most)
+    except OSError as error:  # a disk that fails, a network share that went away
+        raise unreadable(path, error) from error
+
+
+def read_limited(fd: int, path: str, limit: int) -> bytes:
+    """Read to the end. Raise TraceInvalid ``trace.hostile`` for more than ``limit`` bytes."""
+    size = os.fstat(fd).st_size
+    left, parts = limit + 1 if size <= limit else 0, list[bytes]()
+    # In one piece where that works: joining pieces takes the memory twice.
+    while left and (part := read_some(fd, path, min(left, max(size + 1, _PIECE)))):
+        parts.append(part)
+        left -= len(part)
+    if not left:
+        raise TraceInvalid(f"{path} is larger than {limit} bytes", code="trace.hostile")
+    return b"".join(parts)
 
 
 def write_whole(fd: int, data: bytes) -> None:

@@ -12,18 +12,25 @@ import os
 import stat
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import ELOOP, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
 from types import TracebackType
 
 from safeconduct.errors import TraceInvalid
 
-from .files import CHANGE, create, require_only_name, shred, sync_file_system, write_whole
+from .files import (
+    CHANGE,
+    create,
+    read_limited,
+    require_only_name,
+    shred,
+    sync_file_system,
+    unreadable,
+    write_whole,
+)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _APPEND = CHANGE | os.O_CREAT | os.O_APPEND
-_CHUNK = 1 << 20
 # With more files at once, one syncfs(2) is sooner done than an fdatasync(2) for each.
 _MANY_FILES = 24
 # A read returns at most this many names; a folder of ours holds far fewer at any one level.
@@ -69,17 +76,7 @@ class Folder:
         or ``trace.io``.
         """
         with self.open(path) as fd:
-            parts: list[bytes] = []
-            left = limit + 1
-            try:
-                while left and (part := os.read(fd, min(left, _CHUNK))):
-                    parts.append(part)
-                    left -= len(part)
-            except OSError as error:
-                raise _translate(path, error) from error
-        if not left:
-            raise TraceInvalid(f"{path} is larger than {limit} bytes", code="trace.hostile")
-        return b"".join(parts)
+            return read_limited(fd, path, limit)
 
     @contextmanager
     def open(self, path: str) -> Generator[int]:
@@ -88,7 +85,7 @@ class Folder:
             try:
                 fd = os.open(name, _READ, dir_fd=parent)
             except OSError as error:
-                raise _translate(path, error) from error
+                raise unreadable(path, error) from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise TraceInvalid(f"{path} is not a regular file", code="trace.hostile")
@@ -119,6 +116,8 @@ class Folder:
             if error.code == "trace.missing":
                 return []
             raise
+        except OSError as error:
+            raise unreadable(path or "the folder", error) from error
 
     @contextmanager
     def scan(self, path: str) -> Generator[Iterator[os.DirEntry[str]]]:
@@ -279,17 +278,9 @@ class Folder:
                 try:
                     below = os.open(part, _DIRECTORY, dir_fd=fd)
                 except OSError as error:
-                    raise _translate("/".join(parts), error) from error
+                    raise unreadable("/".join(parts), error) from error
                 os.close(fd)
                 fd = below
             yield fd
         finally:
             os.close(fd)
-
-
-def _translate(path: str, error: OSError) -> TraceInvalid:
-    if error.errno == ENOENT:
-        return TraceInvalid(f"{path} is missing", code="trace.missing")
-    if error.errno in (ELOOP, ENOTDIR, ENXIO):
-        return TraceInvalid(f"{path} is a link or no regular file", code="trace.hostile")
-    return TraceInvalid(f"{path}: {error.strerror}", code="trace.io")

@@ -9,9 +9,9 @@ covers them and its tiles are on disk. journal_writer.py is the other end.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +20,7 @@ from zlib import crc32
 from safeconduct.errors import TraceInvalid
 
 from .encoding import MAX_ENTRY_BYTES
+from .files import read_some
 from .folder import Folder
 from .merkle import leaf_hash
 
@@ -30,6 +31,11 @@ _OPENINGS = 1 << 31
 # LIMIT: the openings of one entry: a few fields, each kept in line up to 16 KiB, or 32 spelled.
 MAX_OPENINGS_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
+# LIMIT: frames of any kind, and their bytes, that are read of a journal somebody else may have
+# prepared: what they cost has nothing to do with the size of its files, which may be hard links.
+# An honest one holds what waits for the next head, some hundreds of entries.
+MAX_READ_FRAMES = 1_000_000
+MAX_READ_BYTES = 256 << 20
 # LIMIT: a dropped tail is hashed for the record up to here; a torn tail is far smaller.
 _MAX_DROPPED_BYTES = 64 << 20
 _ENTRY_HEADER = struct.Struct(">I8s").pack  # takes the first 8 bytes of the leaf hash
@@ -58,13 +64,34 @@ def journal_files(folder: Folder) -> list[int]:
 
 @dataclass(slots=True)
 class JournalTail:
-    """Where reading a journal ended: the last file, its good bytes and what was dropped."""
+    """Where reading a journal ended: the last file, its good bytes and what was dropped.
+
+    ``frames_left`` and ``bytes_left``, where given, are how much is read at most; ``cut`` tells
+    that there was more.
+    """
 
     next_index: int = 0
     last_file: int = -1
     good_bytes: int = 0
     dropped_bytes: int = 0
     dropped_sha256: str = sha256(b"").hexdigest()
+    frames_left: int | None = None
+    bytes_left: int | None = None
+    cut: bool = False
+
+    @classmethod
+    def bounded(cls) -> JournalTail:
+        """Begin to read a journal that is not our own."""
+        return cls(frames_left=MAX_READ_FRAMES, bytes_left=MAX_READ_BYTES)
+
+    def spend(self, size_bytes: int) -> bool:
+        """Take a frame from what may be read; False, and ``cut``, when it is too much."""
+        if self.frames_left is None or self.bytes_left is None:
+            return True
+        self.frames_left -= 1
+        self.bytes_left -= size_bytes
+        self.cut = self.frames_left < 0 or self.bytes_left < 0
+        return not self.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,67 +103,77 @@ class Frame:
     is_openings: bool = False
 
 
-def read_journal(folder: Folder, tail: JournalTail) -> Iterator[tuple[int, bytes]]:
-    """Yield (index, entry) of all good frames in order, and leave in ``tail`` where they end."""
-    for one in read_frames(folder, tail):
+def read_journal(
+    folder: Folder, tail: JournalTail, *, size: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (index, entry) of all good frames in order, and leave in ``tail`` where they end.
+
+    Files that by their names hold nothing from entry ``size`` on are not read.
+    """
+    for one in read_frames(folder, tail, size=size):
         if not one.is_openings:
             yield one.index, one.data
 
 
-def read_frames(folder: Folder, tail: JournalTail) -> Iterator[Frame]:
+def read_frames(folder: Folder, tail: JournalTail, *, size: int = 0) -> Iterator[Frame]:
     """Yield all good frames in order, and leave in ``tail`` where they end. Constant memory.
 
-    A file that does not continue the one before ends the journal as a torn frame does.
+    A file that does not continue the one before ends the journal as a torn frame does. Files that
+    by their names hold nothing from entry ``size`` on are not read.
     """
     files = journal_files(folder)
+    files = files[max(bisect_right(files, size) - 1, 0) :]
     tail.next_index = files[0] if files else 0
     for first in files:
-        if first != tail.next_index or tail.dropped_bytes:
+        if first != tail.next_index or tail.dropped_bytes or tail.cut:
             break
         tail.last_file = first
         yield from _read_file(folder, first, tail)
 
 
 def _read_file(folder: Folder, first: int, tail: JournalTail) -> Iterator[Frame]:
-    with folder.open(journal_path(first)) as fd:
+    path = journal_path(first)
+    with folder.open(path) as fd:
         buffer = bytearray()
         tail.good_bytes = at = 0
         while True:
-            at = _fill(fd, buffer, at, _HEADER_BYTES)
+            at = _fill(fd, path, buffer, at, _HEADER_BYTES)
             header = bytes(buffer[at : at + _HEADER_BYTES])
             length = int.from_bytes(header[:4], "big")
             openings, length = bool(length & _OPENINGS), length & ~_OPENINGS
             if not 0 < length <= (MAX_OPENINGS_BYTES if openings else MAX_ENTRY_BYTES):
                 break
-            at = _fill(fd, buffer, at, _HEADER_BYTES + length)
+            at = _fill(fd, path, buffer, at, _HEADER_BYTES + length)
             data = bytes(buffer[at + _HEADER_BYTES : at + _HEADER_BYTES + length])
             mark = crc32(data).to_bytes(_MARK_BYTES, "big") if openings else leaf_hash(data)
             torn = len(data) != length or mark[:_MARK_BYTES] != header[4:]
             if torn or (openings and tail.next_index == first):
                 break
+            if not tail.spend(_HEADER_BYTES + length):
+                return
             yield Frame(tail.next_index - openings, data, openings)
             at += _HEADER_BYTES + length
             tail.good_bytes += _HEADER_BYTES + length
             tail.next_index += not openings
-        _note_dropped(fd, bytes(buffer[at:]), tail)
+        _note_dropped(fd, path, bytes(buffer[at:]), tail)
 
 
-def _fill(fd: int, buffer: bytearray, at: int, count: int) -> int:
+def _fill(fd: int, path: str, buffer: bytearray, at: int, count: int) -> int:
     """Read until ``count`` bytes follow ``at`` or the file ends; return where they begin now."""
     if len(buffer) - at >= count:
         return at
     del buffer[:at]
-    while len(buffer) < count and (part := os.read(fd, _CHUNK_BYTES)):
+    while len(buffer) < count and (part := read_some(fd, path, _CHUNK_BYTES)):
         buffer += part
     return 0
 
 
-def _note_dropped(fd: int, rest: bytes, tail: JournalTail) -> None:
+def _note_dropped(fd: int, path: str, rest: bytes, tail: JournalTail) -> None:
     digest = sha256()
     while rest and tail.dropped_bytes < _MAX_DROPPED_BYTES:
         digest.update(rest)
         tail.dropped_bytes += len(rest)
-        rest = os.read(fd, _CHUNK_BYTES)
+        rest = read_some(fd, path, _CHUNK_BYTES)
     tail.dropped_sha256 = digest.hexdigest()
 
 

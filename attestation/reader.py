@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import ENXIO
 from pathlib import Path
 
 from safeconduct.errors import TraceInvalid
@@ -24,8 +25,9 @@ _OPENINGS = "openings"
 _CHUNK_BYTES = 1 << 20
 _MARKS = (b'"field":"document"', b'{"sealed":"')
 _KEPT_BYTES = max(map(len, _MARKS))
-# LIMIT: bytes of openings that are looked through; a hostile file may be of any length.
-_MAX_COUNTED_BYTES = 1 << 30
+# LIMIT: bytes of openings that are looked through, holes not counted. A hostile file may be of any
+# length, and one file have any number of names.
+_MAX_COUNTED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +77,12 @@ def read_entries(directory: Path) -> Iterator[tuple[int, Entry]]:
                 raise
         for stored in stored_entries(folder, size):
             yield stored.index, parse_entry(stored.data)
-        for index, data in read_journal(folder, JournalTail()):
+        tail = JournalTail.bounded()
+        for index, data in read_journal(folder, tail, size=size):
             if index >= size:
                 yield index, parse_entry(data)
+        if tail.cut:
+            raise TraceInvalid("the journal is longer than is read of one", code="trace.hostile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +110,33 @@ def count_openings(folder: Folder) -> Replayable:
             continue
         with folder.open(f"{_OPENINGS}/{name}") as fd:
             rest = b""
-            while left > 0 and (part := os.read(fd, _CHUNK_BYTES)):
+            for part in _parts(fd):
                 left -= len(part)
                 for at, mark in enumerate(_MARKS):
                     # No mark fits into what is kept of the part before: none counts twice.
                     found[at] += (rest[1 - len(mark) :] + part).count(mark)
                 rest = (rest + part)[-_KEPT_BYTES:]
-    return Replayable(documents=found[0], sealed=found[1], cut=left <= 0)
+                if left <= 0:
+                    return Replayable(documents=found[0], sealed=found[1], cut=True)
+    return Replayable(documents=found[0], sealed=found[1])
+
+
+def _parts(fd: int) -> Iterator[bytes]:
+    """Yield what is in a file. Holes of a sparse one, which cost no disk, are one zero byte each.
+
+    lseek(2): ENXIO says that only a hole is left; a file system without holes says EINVAL, or
+    finds data everywhere.
+    """
+    at = 0
+    while True:
+        start = at
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == ENXIO:
+                return
+        part = os.read(fd, _CHUNK_BYTES)
+        if not part:
+            return
+        yield part if start == at else b"\0" + part
+        at = start + len(part)

@@ -52,9 +52,12 @@ def follow_rotation(
     This is half of the rule. The verifier believes the new key only if the smallest stored
     checkpoint that covers the entry is signed by the old key and has the true root: otherwise
     the new key's holder could replace what the old key had signed.
+
+    A key is its public half, whatever name it has here and there: the verifier may know the old
+    one by the log's name or by a path above it.
     """
     old, new = _key(body, "old"), _key(body, "new")
-    if old not in trusted:
+    if old.public not in {key.public for key in trusted}:
         raise TraceInvalid(
             f"the key that hands over, {old.name}+{old.id.hex()}, is none you brought",
             code="rotation.stranger",
@@ -63,25 +66,29 @@ def follow_rotation(
     signature = _signature(body)
     if not old.made(signature) or not old.verifies(signature, statement(origin, new)):
         raise _invalid("the old key did not sign it for this log")
-    if new == old:
+    if new.public == old.public:
         raise _invalid("it hands over to the same key")
     return new
 
 
 def entry_body(entry: bytes) -> dict[str, object]:
-    """Return the handing-over fields of an entry's bytes; empty where it is no ``key.rotate``.
+    """Return the whole body of an entry's bytes; empty where it is no ``key.rotate``.
 
     As strict as a verifier: what none would follow must not end a key.
     """
-    from .entry import parse_entry  # loads the decoder, which signing heads never needs
+    # These load the decoder, which signing heads never needs.
+    from .encoding import MAX_ROTATION_BYTES
+    from .entry import parse_entry
 
+    if len(entry) > MAX_ROTATION_BYTES:
+        return {}
     try:
         parsed = parse_entry(entry)
     except TraceInvalid:
         return {}
     if parsed.kind is not EntryKind.KEY_ROTATE:
         return {}
-    return {name: parsed.body.get(name) for name in ("old", "new", "signature")}
+    return parsed.body
 
 
 def _key(body: Mapping[str, object], field: str) -> VerifierKey:

@@ -33,7 +33,8 @@ def assemble(
     extends = source.key(("extends",))
     own = {name: source.key(("profiles", name)) for name in spec.profiles}
     servers = compile_servers(spec.servers, source, profiles, workspace)
-    named = {**(wider.servers if wider else {}), **servers}
+    named = {name: server.profile for name, server in servers.items() if server.profile}
+    named = {**(wider.server_profiles if wider else {}), **named}
     rules = Rules(source, workspace, profiles, named)
     tools, wildcards = rules.compile_tools(spec.tools, ("tools",))
     ours = Profile(name="default", read=(workspace,))
@@ -49,6 +50,7 @@ def assemble(
         wildcards=wildcards,
         roles=compile_roles(spec.roles, source, rules),
         servers=servers,
+        server_profiles=MappingProxyType(named),
         trace=compile_trace(spec.trace, source),
         default_profile=profiles.get(DEFAULT_PROFILE, default),
         profile_positions=dict.fromkeys(profiles, extends) | own,

@@ -20,7 +20,7 @@ from safeconduct.call import Bound, Effect, Json
 from .index import RuleIndex, index_rules
 from .kinds import KindConflict, implied_by
 from .match import AnyValue, Argv, Matcher
-from .signatures import AMBIGUOUS, BUILT_IN, MAX_LIST, NO_TEXT, PROGRAMS, Signature, fits
+from .signatures import AMBIGUOUS, BUILT_IN, MAX_LIST, NO_TEXT, PROGRAMS, UNKNOWN, Signature, fits
 from .syntax import Position
 from .when.condition import When, WhenError
 from .wildcards import ToolPattern, is_ours
@@ -131,7 +131,14 @@ class Rule:
         """Tell whether `when` names an argument that is not what this rule takes it for."""
         if self.when is None or name not in self.when.arguments:
             return False
-        return self._judges(name) or name in self.optional or unfit[name][0] == AMBIGUOUS
+        if unfit[name][0] in (AMBIGUOUS, UNKNOWN):
+            return True
+        return self._judges(name) or name in self.optional
+
+    def doubted(self, unfit: Unfit) -> list[str]:
+        """Return the arguments that make this rule restrict because it cannot judge them."""
+        named = [name for name in self.names if name in unfit]
+        return [*named, *(name for name in unfit if self._asks_for(name, unfit))]
 
     def _judges(self, name: str) -> bool:
         """Tell whether the rule says more of an argument than that it may be anything."""

@@ -30,7 +30,7 @@ from safeconduct.call import (
     WorkspaceMode,
 )
 
-from . import hosts, match, match_json, match_text, urls
+from . import hosts, match, match_json, match_text, match_url, urls
 from .binding import Rule, ToolRules, Wildcard
 from .globs import Glob
 from .rules import Policy, Role, Server
@@ -49,7 +49,7 @@ TYPES: Final[tuple[type[Any], ...]] = (
     *(Policy, Role, Server, Rule, ToolRules, Wildcard, ToolPattern),
     *(Argument, Holds, Kind, Signature, Glob, urls.UrlPattern),
     *(hosts.HostPattern, hosts.EmailPattern),
-    *(match.AnyValue, match.PathMatcher, match.UrlMatcher, match.Literals),
+    *(match.AnyValue, match.PathMatcher, match_url.UrlMatcher, match.Literals),
     *(match.NumberRange, match.TextLength, match.SpelledNumber, match.SpelledPath, match.Argv),
     *(match_text.Regex, match_text.Host, match_text.Email, match_text.Excluding),
     *(match_json.Form, match_json.Shape, match_json.Type, When),

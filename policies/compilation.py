@@ -18,7 +18,7 @@ from .model import RuleSpec
 from .model_matchers import MatcherSpec
 from .model_words import ANY_CALL, MAX_OPTIONAL, REST
 from .rule_checks import RuleChecks
-from .rules import Server
+from .rules import server_profile
 from .signatures import BUILT_IN, PROGRAMS, Argument, Kind, Signature
 from .syntax import Source
 from .when.condition import When, compile_when
@@ -33,11 +33,11 @@ class Rules:
         source: Source,
         workspace: str,
         profiles: Mapping[str, Profile],
-        servers: Mapping[str, Server],
+        server_profiles: Mapping[str, str],
     ) -> None:
         self._source = source
         self._matchers = Forms(source, workspace)
-        self._servers = servers
+        self._profiles, self._server_profiles = profiles, server_profiles
         self._checks = RuleChecks(source, profiles)
         self._wildcards = 0
 
@@ -200,8 +200,10 @@ class Rules:
 
     def _profile_of_server(self, tool: str) -> str | None:
         """Return the profile of the server that a tool belongs to: what judges is what runs."""
-        server = self._servers.get(tool.partition(".")[0])
-        return server.profile if server else None
+        name, dot, _ = tool.partition(".")
+        return (
+            server_profile(self._profiles, name, self._server_profiles.get(name)) if dot else None
+        )
 
     def _when(self, text: str | None, signature: Signature | None, loc: Loc) -> When | None:
         if text is None:
@@ -228,11 +230,7 @@ class Rules:
         return amounts
 
     def _effect(self, spec: RuleSpec, loc: Loc) -> tuple[Effect, Mapping[str, MatcherSpec]]:
-        found = {
-            Effect.ALLOW: spec.allow,
-            Effect.ASK: spec.ask,
-            Effect.DENY: spec.deny,
-        }
+        found = {Effect.ALLOW: spec.allow, Effect.ASK: spec.ask, Effect.DENY: spec.deny}
         written = [(effect, value) for effect, value in found.items() if value is not None]
         if len(written) != 1:
             hint = "give each rule exactly one of allow, ask and deny; use a list for several"

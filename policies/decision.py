@@ -42,6 +42,7 @@ from .shell.commands import holds_commands, judge_commands
 from .signatures import BUILT_IN, Signature
 from .trace_terms import most_durable
 from .when.condition import when_facts
+from .work import MAX_STEPS, NO_BOUND, WORK, unjudged
 
 _SEVERITY = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 # Bound once: each look-up of a member of an enumeration takes as long as a comparison.
@@ -52,10 +53,12 @@ NO_FACTS: Final = Facts()
 
 
 def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decision:
-    """Judge a Document. Never raises: what cannot be judged is denied `policy.error`.
+    """Judge a Document. Never raises: what cannot be judged is denied `policy.error`,
+    and what is too much work `policy.too_much_work`.
 
     ``policy`` is that of the session's role (`Judged.for_role`).
     """
+    WORK.left = MAX_STEPS
     try:
         if "commands" in document.arguments and holds_commands(document):
             return judge_commands(policy, document, lambda one: _decide(policy, one, facts))
@@ -64,13 +67,9 @@ def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decis
         return _decide(policy, document, facts)
     except Exception as error:
         # Fail closed: a bug of ours must never allow.
-        return Decision(
-            effect=Effect.DENY,
-            policy=policy.version,
-            code="policy.error",
-            reason="Denied: the call could not be judged.",
-            advises=f"this is a bug of ours, please report it: {type(error).__name__}",
-        )
+        return unjudged(policy.version, error)
+    finally:
+        WORK.left = NO_BOUND
 
 
 def _decide(policy: Judged, document: Document, facts: Facts) -> Decision:

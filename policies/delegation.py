@@ -58,7 +58,8 @@ class Capability:
     """The right to make a set of Calls.
 
     ``policy`` is judged as it is: its role is chosen already. ``tools`` has for each step of the
-    delegation the names that it was narrowed to. ``profile`` bounds where Calls run, and ``bounds``
+    delegation the names that it was narrowed to, also those of redirections in shell text, which
+    are `fs.read` and `fs.write`. ``profile`` bounds where Calls run, and ``bounds``
     what they may use together with those of every other Capability that has the same Bound.
     ``expires_ms`` is wall clock time (Unix). ``lineage`` are the ids of those it came from.
     """
@@ -97,8 +98,11 @@ class Capability:
             return "capability.revoked", f"the capability {revoked} was revoked"
         if self.expires_ms is not None and not 0 < facts.now_ms < self.expires_ms:
             return "capability.expired", f"the capability {self.id} has expired"
+        # The redirections of shell text read and write files, as calls of their own.
+        used = {document.tool, *(part.document.tool for part in parts_of(document))}
         for names in self.tools:
-            if not any(compile_tool_pattern(name).matches(document.tool) for name in names):
+            patterns = [compile_tool_pattern(name) for name in names]
+            if not all(any(one.matches(tool) for one in patterns) for tool in used):
                 return "capability.tool", f"the capability {self.id} is not for this tool"
         return None
 

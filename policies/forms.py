@@ -21,13 +21,13 @@ from .match import (
     SpelledNumber,
     SpelledPath,
     TextLength,
-    UrlMatcher,
     parse_integer,
     path_matcher,
     spell,
 )
 from .match_json import Shape, ShapeError, compile_shape
 from .match_text import Excluding, Regex, compile_regex, email_matcher, host_matcher
+from .match_url import UrlMatcher
 from .model_matchers import ElementSpec, MatcherSpec, PatternsSpec
 from .signatures import BUILT_IN, Kind
 from .syntax import Data, Items, Scalar, Source
@@ -126,7 +126,7 @@ class Forms:
             "url": lambda: self._url(self._words(spec.url, spec, loc), loc),
             "argv": lambda: self._argv(spec, loc, restricts),
             "in": lambda: Literals(frozenset(self._words(spec.in_, spec, loc))),
-            "range": lambda: self._range(spec.range or [], loc),
+            "range": lambda: self._range(spec.range or [], loc, restricts),
             "text": lambda: TextLength(spec.text.max if spec.text else 0),
             "regex": lambda: self._regex([spec.regex or ""], loc, restricts),
             "host": lambda: self._named(host_matcher, spec.host, loc),
@@ -141,7 +141,7 @@ class Forms:
             "path": lambda: self._path(words, loc),
             "url": lambda: self._url(words, loc),
             "in": lambda: Literals(frozenset(words)),
-            "range": lambda: self._range(words, loc),
+            "range": lambda: self._range(words, loc, not restricts),
             "regex": lambda: self._regex(words, loc, not restricts),
             "host": lambda: self._patterns(host_matcher, words, loc),
             "email": lambda: self._patterns(email_matcher, words, loc),
@@ -231,13 +231,13 @@ class Forms:
             hint = "write for example json: {type: object, properties: {id: {type: integer}}}"
             raise self._error((*loc, *error.path), f"json: {error}", hint) from error
 
-    def _range(self, ends: list[str], loc: Loc) -> NumberRange:
+    def _range(self, ends: list[str], loc: Loc, restricts: bool) -> NumberRange:
         low, high = (parse_integer(end) for end in ends) if len(ends) == 2 else (None, None)
         if low is None or high is None:
             raise self._error(loc, "range takes two whole numbers", "write range: [1, 10]")
         if low > high:
             raise self._error(loc, "this range is empty", f"write range: [{high}, {low}]")
-        return NumberRange(low, high)
+        return NumberRange(low, high, restricts)
 
     def _argv(self, spec: MatcherSpec, loc: Loc, restricts: bool) -> Argv:
         specs = (spec.argv if spec.argv is not None else spec.items) or []
@@ -282,7 +282,7 @@ class Forms:
                 raise self._error(loc, "an empty list never matches", "list the words")
             return frozenset(spec.in_).__contains__
         if spec.range is not None:
-            return SpelledNumber(self._range(spec.range, loc)).matches
+            return SpelledNumber(self._range(spec.range, loc, restricts)).matches
         if spec.regex is not None:
             return self._regex([spec.regex], loc, restricts).matches
         return TextLength(spec.text.max if spec.text else 0).matches

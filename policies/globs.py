@@ -9,8 +9,11 @@ in them would get a deny that never matches.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+
+from .work import CHARACTER_STEPS, COMPONENT_STEPS, WILDCARD_STEPS
 
 MAX_PATTERN_BYTES = 4096
 MAX_COMPONENTS = 128
@@ -68,6 +71,18 @@ class Glob:
             else:
                 return False
         return all(rest == "**" for rest in pattern[at:])
+
+
+def walk_steps(globs: Iterable[Glob]) -> tuple[int, int]:
+    """Bound the steps of walking over patterns: for each component of a path, each character.
+
+    A walk takes up each pair of components at most once, and where one holds a wildcard beside
+    other characters each pair of their characters.
+    """
+    parts = [part for glob in globs for part in glob.components]
+    inner = [len(part) for part in parts if _is_wild(part) and part not in ("*", "**")]
+    by_component = len(parts) * COMPONENT_STEPS + len(inner) * WILDCARD_STEPS
+    return by_component, sum(inner) * CHARACTER_STEPS
 
 
 def compile_glob(pattern: str, *, workspace: str) -> Glob:

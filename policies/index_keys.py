@@ -13,10 +13,11 @@ from typing import Final, TypeAlias, cast
 from safeconduct.call import Json
 
 from .globs import Glob
-from .match import Argv, Literals, Matcher, PathMatcher, UrlMatcher, scalar_text
+from .match import Argv, Literals, Matcher, PathMatcher, scalar_text
 from .match_text import Excluding
+from .match_url import UrlMatcher
 from .signatures import MAX_LIST
-from .urls import UrlPattern
+from .urls import UrlPattern, decoded
 
 # LIMIT: keys of one rule; one that lists more is always a candidate.
 MAX_KEYS: Final = 64
@@ -173,7 +174,8 @@ def _look_up_name(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     return [table[name] for name in names if name in table]
 
 
-# URLs: by their beginning, or by host and leading path, or by the end of a host with a wildcard
+# URLs: by their beginning, or by host and leading path, or by the end of a host with a wildcard.
+# INVARIANT: keys and values are decoded alike, as what a pattern compares is (`split_url`).
 
 
 def _url_keys(urls: UrlMatcher) -> Iterator[tuple[Lookup, frozenset[Hashable]]]:
@@ -186,7 +188,7 @@ def _url_keys(urls: UrlMatcher) -> Iterator[tuple[Lookup, frozenset[Hashable]]]:
 
 def _look_up_start(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     found: list[Hit] = []
-    if type(value) is str and value.find(":", _SCHEME) < 0:
+    if type(value) is str and "%" not in value and value.find(":", _SCHEME) < 0:
         # What nearly every one is: the same as below, in place.
         shortest, longest = span
         stop = value.find("?")
@@ -213,7 +215,7 @@ def _look_up_start(value: Json, table: Table, span: Span) -> Sequence[Hit]:
 
 def _start_of(url: str) -> str:
     """Return what of a canonical URL a beginning may be, as the patterns write it."""
-    text = f"{url.partition('?')[0]}/" if "?" in url else f"{url}/"
+    text = f"{decoded(url.partition('?')[0])}/"
     return text if text.find(":", _SCHEME) < 0 else _without_port(text)
 
 
@@ -252,7 +254,7 @@ def _look_up_one_url(url: str, table: Table, longest: int, found: list[Hit]) -> 
     host = (
         authority.partition(":")[0] if "[" not in authority else authority.partition("]")[0] + "]"
     )
-    whole = f"{host}/{tail.partition('?')[0]}"
+    whole = f"{host}/{decoded(tail.partition('?')[0])}"
     # The host, its folders, the whole path. LIMIT: a path has up to 8,192 folders; those longer
     # than every key are never looked up.
     end = len(host)

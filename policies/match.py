@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from safeconduct.call import Json
 
-from .globs import Glob
+from .globs import Glob, walk_steps
 from .signatures import Kind
-from .urls import UrlPattern, split_url
+from .work import spend
 
 # LIMIT: more digits than any 64-bit number; parsing stays linear.
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)
@@ -94,6 +94,10 @@ class PathMatcher:
     folders: tuple[str, ...]
     globs: tuple[Glob, ...]
     kind: Kind = Kind.PATH
+    _steps: tuple[int, int] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_steps", walk_steps(self.globs) if self.globs else (0, 0))
 
     def matches(self, value: Json) -> bool:
         if not isinstance(value, str) or not value.startswith("/"):
@@ -104,6 +108,8 @@ class PathMatcher:
         if not self.globs:
             return False
         components = value[1:].split("/")
+        by_component, by_character = self._steps
+        spend(by_component * len(components) + by_character * len(value))
         return any(glob.matches(components) for glob in self.globs)
 
     @property
@@ -128,31 +134,6 @@ def path_matcher(globs: Sequence[Glob]) -> PathMatcher:
             walked.append(glob)
     patterns = tuple(glob.pattern for glob in globs)
     return PathMatcher(patterns, frozenset(exact), tuple(folders), tuple(walked))
-
-
-@dataclass(frozen=True, slots=True)
-class UrlMatcher:
-    """`url`: one of the patterns matches the canonical URL."""
-
-    patterns: tuple[UrlPattern, ...]
-    kind: Kind = Kind.URL
-
-    def matches(self, value: Json) -> bool:
-        if not isinstance(value, str):
-            return False
-        # One spelling each: what begins so, and holds no fragment, has these very parts.
-        for pattern in self.patterns:
-            if pattern.start and value.startswith(pattern.start) and "#" not in value:
-                return True
-        url = split_url(value)
-        return url is not None and any(pattern.matches(url) for pattern in self.patterns)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return tuple(spell(pattern.pattern) for pattern in self.patterns)
-
-    def describe(self) -> str:
-        return f"a URL in {', '.join(self.words)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +170,22 @@ def scalar_text(value: Json) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class NumberRange:
-    """`range`: a number between the two ends, both included."""
+    """`range`: an integer between the two ends, both included.
+
+    Where it restricts, any number between them: a tool may round it to one.
+    """
 
     low: int
     high: int
+    restricts: bool = False
     kind: Kind = Kind.NUMBER
 
     def matches(self, value: Json) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        return self.low <= value <= self.high
+        if not self.low <= value <= self.high:
+            return False
+        return self.restricts or type(value) is int or float(value).is_integer()
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -228,13 +215,18 @@ class TextLength:
 
 @dataclass(frozen=True, slots=True)
 class SpelledNumber:
-    """An argv element that spells a number in a range."""
+    """An argv element that spells a number in a range.
+
+    Where it restricts, any other word with a digit in it too: programs read `-05`, `0x5`, `5 `.
+    """
 
     range: NumberRange
 
     def matches(self, word: str) -> bool:
         number = parse_integer(word)
-        return number is not None and self.range.matches(number)
+        if number is None:
+            return self.range.restricts and any(map(str.isnumeric, word))
+        return self.range.matches(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ from typing import Final, Protocol
 
 from safeconduct.call import Json
 
+from .host_table import HostTable
 from .hosts import EmailPattern, HostPattern, compile_email, compile_host
 from .match import Argv, Matcher, spell
 from .signatures import Kind
+from .work import HOST_STEPS, spend
 
 MAX_REGEX_CHARACTERS: Final = 1024
 # LIMIT: instructions of the compiled program, either direction. A class such as \pL has 1,200.
@@ -70,10 +72,13 @@ class Regex:
             return self.restricts
         size = len(text)
         for program in self.programs:
-            if program.programsize * size > MAX_WORK:
+            steps = program.programsize * size
+            if steps > MAX_WORK:
                 if self.restricts:
                     return True
-            elif program.fullmatch(text) is not None:
+                continue
+            spend(steps)
+            if program.fullmatch(text) is not None:
                 return True
         return False
 
@@ -130,11 +135,20 @@ class Host:
 
     patterns: tuple[HostPattern, ...] = ()
     kind: Kind = Kind.HOST
+    _table: HostTable[HostPattern] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        table = HostTable((pattern.labels, pattern) for pattern in self.patterns)
+        object.__setattr__(self, "_table", table)
 
     def matches(self, value: Json) -> bool:
         if not isinstance(value, str):
             return False
-        return not self.patterns or any(pattern.covers(value) for pattern in self.patterns)
+        if not self.patterns:
+            return True
+        found = self._table.find(value)
+        spend(len(found) * HOST_STEPS)
+        return any(pattern.covers(value) for pattern in found)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -157,6 +171,7 @@ class Email:
         local, at, host = value.partition("@")
         if not at:
             return False
+        spend(len(self.patterns) * HOST_STEPS)
         return not self.patterns or any(x.covers(local, host) for x in self.patterns)
 
     @property

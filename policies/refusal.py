@@ -90,6 +90,6 @@ def ids_of(rules: Sequence[Rule]) -> tuple[str, ...]:
 
 def said_of(unfit: Unfit, denying: Sequence[Rule], decision: Decision) -> Decision:
     """Say what is wrong with an argument where a rule denies because it cannot judge it."""
-    for code, why in (unfit[name] for rule in denying for name in rule.names if name in unfit):
+    for code, why in (unfit[name] for rule in denying for name in rule.doubted(unfit)):
         return replace(decision, code=code, reason=f"Denied ({code}): {why}.")
     return decision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from safeconduct.call import Effect, Profile
 
@@ -13,6 +14,9 @@ from .match import Argv
 from .signatures import Signature
 from .syntax import Position, Source
 
+# LIMIT: rules of a file that come to be as arguments are optional (_compile): 1 s and 30 MB.
+MAX_VARIANTS: Final = 16_384
+
 
 class RuleChecks:
     """Refuse rules that can never match, or mean something else than they say."""
@@ -21,12 +25,14 @@ class RuleChecks:
         self._source = source
         self._profiles = profiles
         self._ids: dict[str, Position] = {}
+        self._variants = 0
 
     def check(self, rule: Rule, signature: Signature | None, loc: Loc) -> None:
         """Raise PolicyError for what is wrong with the rule at ``loc``."""
         place: Loc = (*loc, rule.effect.value)
         self._empty(rule, place)
         self._options(rule, loc)
+        self._variety(rule, loc)
         self._spelling(rule, place)
         self._reachable(rule, signature, place)
 
@@ -60,6 +66,15 @@ class RuleChecks:
         if rule.profile not in self._profiles:
             hint = did_you_mean(rule.profile, self._profiles)
             raise self._source.error(position, f"there is no profile {rule.profile!r}", hint=hint)
+
+    def _variety(self, rule: Rule, loc: Loc) -> None:
+        """Refuse a file whose optional arguments make far more rules than are written in it."""
+        self._variants += (1 << len(rule.optional)) - 1
+        if self._variants > MAX_VARIANTS:
+            position = self._source.key((*loc, "optional"))
+            message = f"the optional arguments of this file make more than {MAX_VARIANTS} rules"
+            hint = "each one doubles its rule; name fewer, or list more values in one rule"
+            raise self._source.error(position, message, hint=hint)
 
     def _spelling(self, rule: Rule, place: Loc) -> None:
         """Refuse a path inside argv where its spelling decides nothing."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
 from safeconduct.call import Decision, Profile, Tier
 
 from .binding import Rule, ToolRules, Wildcard, holds_all, holds_any, implied_by, join_rules
-from .signatures import BUILT_IN, Signature
+from .signatures import BUILT_IN, PROGRAMS, RESERVED, Signature
 from .syntax import Position
 from .trace_terms import DEFAULT_TERMS, TraceTerms
 
@@ -50,6 +50,17 @@ class Server:
     name: str
     run: tuple[str, ...]
     profile: str | None = None
+
+
+def server_profile(profiles: Container[str], name: str, named: str | None) -> str | None:
+    """Say which profile a server runs in and its calls are judged in; None is the default one.
+
+    The one that is ``named`` for it (under `servers`, with `--profile`), where these have it, else
+    its namesake. What is no name of a server (our own tools, those that a host runs) has none.
+    """
+    if named is not None and named in profiles:
+        return named
+    return name if name in profiles and name not in RESERVED | PROGRAMS else None
 
 
 class Judged(Protocol):
@@ -130,6 +141,10 @@ class Policy:
     servers: Mapping[str, Server] = field(
         default_factory=lambda: MappingProxyType(dict[str, Server]())
     )
+    # The profiles named for servers, here and in what this policy extends.
+    server_profiles: Mapping[str, str] = field(
+        default_factory=lambda: MappingProxyType(dict[str, str]())
+    )
     trace: TraceTerms = DEFAULT_TERMS
     # The Decisions that one rule alone made, for `decide`, which makes them of nothing else.
     decided: dict[tuple[str, str, object], Decision] = field(
@@ -160,11 +175,27 @@ class Policy:
         try:
             return self._names[tool]
         except KeyError:
-            found = join_rules(tool, self.tools.get(tool), self.wildcards)
+            joined = join_rules(tool, self.tools.get(tool), self.wildcards)
+            found = joined and self._in_server(tool, joined)
             if len(self._names) >= MAX_NAMES:
                 self._names.clear()
             self._names[tool] = found
             return found
+
+    def _in_server(self, tool: str, rules: ToolRules) -> ToolRules:
+        """Judge in the profile of the tool's server what names none.
+
+        Where a rule names the server itself, compilation did so; `*.read` may mean any.
+        """
+        name, dot, _ = tool.partition(".")
+        found = server_profile(self.profiles, name, self.server_profiles.get(name)) if dot else None
+        if found is None:
+            return rules
+
+        def within(granting: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            return tuple(x if x.profile else replace(x, profile=found) for x in granting)
+
+        return replace(rules, allow=within(rules.allow), ask=within(rules.ask))
 
     def each(self) -> Iterator[tuple[str, ToolRules]]:
         """Yield each name of a tool as written, with the rules that bind its Calls.
@@ -204,3 +235,8 @@ class Policy:
     def profile_of(self, rule: Rule) -> Profile:
         """Return where a rule runs its Calls."""
         return self.profiles[rule.profile] if rule.profile else self.default_profile
+
+    def profile_of_server(self, name: str, named: str | None) -> Profile:
+        """Return where a server runs for which this profile, or none, is named."""
+        found = server_profile(self.profiles, name, named)
+        return self.profiles[found] if found else self.default_profile

@@ -52,6 +52,10 @@ _EXPECTED: Final[Mapping[Kind, str]] = MappingProxyType(
 )
 # The code of an argument whose name another one may be taken for.
 AMBIGUOUS: Final = "call.ambiguous_argument"
+# The code of an argument that only comes to be while shell text runs.
+UNKNOWN: Final = "shell.unjudged"
+# Those arguments: what a pipe or a file feeds a program, and what a redirection writes.
+FED: Final = frozenset({"stdin", "content"})
 
 
 def fits(kind: Kind, value: Json) -> bool:
@@ -76,7 +80,8 @@ def misfit(document: Document, signature: Signature) -> tuple[str, str]:
     Return the code and a sentence, both empty where all are.
     """
     for said in (document.unfit or {}).values():
-        return said
+        if said[0] != UNKNOWN:
+            return said
     if signature.closed:
         return "", ""
     for name, argument in signature.arguments.items():

@@ -126,7 +126,8 @@ def _hides_structure(path: str) -> bool:
     return True
 
 
-def _decoded(path: str) -> str:
+def decoded(path: str) -> str:
+    """Decode the path of a canonical URL, as it is judged."""
     # INVARIANT: no escape stands for a slash (_hides_structure), so the components stay the same.
     return unquote(path, errors="surrogateescape") if "%" in path else path
 
@@ -137,7 +138,7 @@ def split_url(href: str) -> Url | None:
     if parts is None:
         return None
     scheme, host, port, path, query = parts.groups()
-    return Url(scheme, host, int(port) if port else _DEFAULT_PORT[scheme], _decoded(path), query)
+    return Url(scheme, host, int(port) if port else _DEFAULT_PORT[scheme], decoded(path), query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,8 @@ def _start(scheme: str, labels: tuple[str, ...], port: int, folder: str) -> str 
     """Spell the beginning that a whole folder of one host has in every canonical URL."""
     # A plain host is one text here; one with a wildcard is several.
     host = ".".join(labels)
-    if len(labels) != 1 or "*" in host:
+    # A folder with a % in it, once decoded, is not how the URL is spelled.
+    if len(labels) != 1 or "*" in host or "%" in folder:
         return None
     shown = "" if port == _DEFAULT_PORT[scheme] else f":{port}"
     return f"{scheme}://{host}{shown}{folder.rstrip('/')}/"
@@ -239,10 +241,10 @@ def _compile_url_path(path: str) -> tuple[str, ...]:
         written = ada_url.URL("https://host.example/" + "/".join(components)).pathname
     except ValueError as error:
         raise ValueError("has a path that is not valid in a URL") from error
-    decoded = tuple(_decoded(component) for component in written[1:].split("/"))
-    if len(decoded) != len(components):
+    judged = tuple(decoded(component) for component in written[1:].split("/"))
+    if len(judged) != len(components):
         raise ValueError("has a path that a URL parser would rewrite")
-    return (*decoded, "") if folder else decoded
+    return (*judged, "") if folder else judged
 
 
 def covers_host(labels: tuple[str, ...], host: str) -> bool:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from safeconduct.call import Limits, Outcome, Profile, Tier
@@ -75,9 +76,13 @@ class Box:
 
 
 def pytest_configure() -> None:
-    """Let the commands under test be interrupted: a job that a script starts in the background
-    ignores these two, and so would all that it starts (POSIX sh, Signals and Error Handling).
+    """Let no example of a property fail for being slow, and the commands be interrupted.
+
+    A job that a script starts in the background ignores these two signals, and so would all that
+    it starts (POSIX sh, Signals and Error Handling).
     """
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 

@@ -5,6 +5,7 @@ from typing import IO, overload
 ALLOW: int
 KILL_PROCESS: int
 EQ: int
+GE: int
 MASKED_EQ: int
 
 class Attr:

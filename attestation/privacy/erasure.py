@@ -7,7 +7,6 @@ session can be read in any copy of the trace. Whatever a crash leaves is done at
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from safeconduct.attestation.entry import clear_name, committed_digest, parse_entry
+from safeconduct.attestation.files import read_some
 from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.journal import JOURNAL
 from safeconduct.attestation.reader import stored_entries
@@ -270,9 +270,10 @@ def _plain_in_journal(folder: Folder) -> bool:
     for name in folder.names(JOURNAL):
         if not name.endswith(".wal"):
             continue
-        with folder.open(f"{JOURNAL}/{name}") as fd:
+        path = f"{JOURNAL}/{name}"
+        with folder.open(path) as fd:
             end = b""
-            while part := os.read(fd, _CHUNK_BYTES):
+            while part := read_some(fd, path, _CHUNK_BYTES):
                 if _PLAIN in end + part:
                     return True
                 end = part[-len(_PLAIN) :]

@@ -7,6 +7,7 @@ false. None of these says anything about the Entry: openings lie outside the tre
 from __future__ import annotations
 
 import binascii
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 
 import msgspec
 
-from safeconduct.attestation.entry import SALT_BYTES, Entry, commit, committed_digest
+from safeconduct.attestation.entry import SALT_BYTES, Entry, commit_pieces, committed_digest
+from safeconduct.attestation.files import read_limited, read_some
 from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.journal import JournalTail, read_frames
 from safeconduct.attestation.note import decode_base64
@@ -26,6 +28,8 @@ from .openings import BLOBS, MAX_VALUE_BYTES, OpeningLine, parse_line, read_line
 from .vault import LogKeys, SessionKey, Vault
 
 _SEAL_BYTES = 28  # what encryption adds to a blob: nonce and tag
+# Blobs up to here are read without a look at them first.
+_TAKEN_BYTES = 1 << 20
 # LIMIT: openings that are taken from the journal; what is beyond counts as missing.
 _JOURNAL_BYTES = 64 << 20
 
@@ -133,7 +137,7 @@ class Openings:
         if self._journal is None:
             self._journal, room_bytes = {}, _JOURNAL_BYTES
             with suppress(TraceInvalid):  # a writer may just be removing what is signed
-                for one in read_frames(self._folder, JournalTail()):
+                for one in read_frames(self._folder, JournalTail.bounded()):
                     room_bytes -= len(one.data) if one.is_openings else 0
                     if room_bytes < 0:
                         break
@@ -199,21 +203,53 @@ def open_commitment(
         raise _false(line, "the entry has no such commitment")
     try:
         salt = bytes.fromhex(line.salt)
-        data = _opened_bytes(folder, line, digest, key)
+        data = _opened_bytes(folder, line, salt, digest, key)
     except (ValueError, binascii.Error) as error:
         raise _false(line, "it cannot be read") from error
-    if len(salt) != SALT_BYTES or commit(salt, data) != digest:
+    if len(salt) != SALT_BYTES or commit_pieces(salt, (data,)) != digest:
         raise _false(line, "it does not hash to the commitment")
     return Opening(index=line.index, field=line.field, data=data, salt=salt)
 
 
-def _opened_bytes(folder: Folder, line: OpeningLine, digest: str, key: SessionKey | None) -> bytes:
+def _opened_bytes(
+    folder: Folder, line: OpeningLine, salt: bytes, digest: str, key: SessionKey | None
+) -> bytes:
     if line.blob:
-        data = folder.read(f"{BLOBS}/{digest}", limit=MAX_VALUE_BYTES + _SEAL_BYTES)
+        path = f"{BLOBS}/{digest}"
+        with folder.open(path) as fd:
+            if _TAKEN_BYTES < os.fstat(fd).st_size <= MAX_VALUE_BYTES + _SEAL_BYTES:
+                _require_blob(fd, path, line, salt, digest, sealed=key is not None)
+            data = read_limited(fd, path, MAX_VALUE_BYTES + _SEAL_BYTES)
         return data if key is None else key.open_blob(digest, data)
     if line.value is not None:
         return line.value.encode("utf-8")
     return decode_base64(line.data or "", code="opening.false")
+
+
+def _require_blob(
+    fd: int, path: str, line: OpeningLine, salt: bytes, digest: str, *, sealed: bool
+) -> None:
+    """Look at a large blob before any of it is kept: a sparse file of any length costs nothing.
+
+    What is encrypted has no run of zeros that a file system would make a hole of. What is plain
+    may have some, and is hashed piece by piece.
+    """
+    if sealed:
+        if _has_hole(fd):
+            raise _false(line, "its blob has holes")
+        return
+    if commit_pieces(salt, iter(lambda: read_some(fd, path), b"")) != digest:
+        raise _false(line, "it does not hash to the commitment")
+    os.lseek(fd, 0, os.SEEK_SET)
+
+
+def _has_hole(fd: int) -> bool:
+    try:
+        hole = os.lseek(fd, 0, os.SEEK_HOLE)  # without any, the end of the file: lseek(2)
+    except OSError:
+        return False
+    os.lseek(fd, 0, os.SEEK_SET)
+    return hole < os.fstat(fd).st_size
 
 
 def _false(line: OpeningLine, why: str) -> TraceInvalid:

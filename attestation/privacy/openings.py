@@ -18,7 +18,7 @@ import msgspec
 
 from safeconduct.attestation.encoding import encode_committed
 from safeconduct.attestation.entry import SALT_BYTES, commit, commitment_field
-from safeconduct.attestation.files import write_whole
+from safeconduct.attestation.files import read_some, write_whole
 from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.note import encode_base64
 from safeconduct.call import Json
@@ -295,10 +295,11 @@ def read_lines(folder: Folder, session: str) -> Iterator[tuple[int, bytes]]:
 
     Ends at a torn or overlong line. A missing file has no lines.
     """
+    path = f"{OPENINGS}/{session}.jsonl"
     try:
-        with folder.open(f"{OPENINGS}/{session}.jsonl") as fd:
+        with folder.open(path) as fd:
             buffer, offset = b"", 0
-            while part := os.read(fd, _CHUNK_BYTES):
+            while part := read_some(fd, path, _CHUNK_BYTES):
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
                     yield offset, line

@@ -42,7 +42,8 @@ _CLOSE = "session.close"
 class Bundle:
     """What a bundle holds: its entries' places and hashes, not the entries. Nothing is believed.
 
-    ``closed`` tells that the last entry ends the session.
+    ``closed`` tells that the last entry ends the session, ``forgot`` that it has more calls than
+    whose ids could be compared.
     """
 
     session: str
@@ -53,6 +54,7 @@ class Bundle:
     calls: int = 0
     open_calls: int = 0
     closed: bool = False
+    forgot: bool = False
 
     def holds(self, head: Checkpoint) -> bool:
         """Tell whether the proof leads from all entries to that head."""
@@ -86,7 +88,8 @@ def write_bundle(
     """Write the bundle of a session to a binary file, and return what it holds.
 
     The head is the one with the most cosignatures that covers the session. Raise TraceInvalid
-    ``bundle.session`` where the signed log has no such session, ``trace.*`` where it is damaged.
+    ``bundle.session`` where the signed log has no such session, ``chain.twice`` where it has two of
+    that id, ``trace.*`` where it is damaged.
     """
     bundle = Bundle(session=session)
     reading = _Reading(bundle)
@@ -153,7 +156,7 @@ class _Reading:
         bundle.indices.append(index)
         bundle.leaves.append(leaf)
         bundle.calls, bundle.open_calls = self._chains.calls, self._chains.open_calls
-        bundle.closed = entry.kind == _CLOSE
+        bundle.closed, bundle.forgot = entry.kind == _CLOSE, self._chains.forgot
 
 
 def _hashes(stream: BinaryIO) -> Iterator[bytes]:

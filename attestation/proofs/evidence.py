@@ -64,18 +64,21 @@ def check_file(
 ) -> Evidence:
     """Check a proof, bundle or statement, told apart by how it begins; the stream can seek.
 
-    ``entry`` is the entry that a proof must be about. ``name`` stands in the commands that the
-    result suggests. Hostile files end in an Evidence, never in an exception.
+    ``entry`` is one that a proof must be about, and a bundle or statement hold. ``name`` stands
+    in the commands that the result suggests. Hostile files end in an Evidence, never in an
+    exception.
     """
     start = stream.read(_LOOKED_AT)
     stream.seek(0)
     if start.startswith(_BUNDLE_LINE.encode()):
         return _conclude(
-            _Facts("session bundle"), name, lambda facts: _bundle(facts, stream, brought)
+            _Facts("session bundle"), name, lambda facts: _bundle(facts, stream, brought, entry)
         )
     if start.startswith(b"{"):
         data = stream.read(MAX_ENVELOPE_BYTES + 1)
-        return _conclude(_Facts("statement"), name, lambda facts: _statement(facts, data, brought))
+        return _conclude(
+            _Facts("statement"), name, lambda facts: _statement(facts, data, brought, entry)
+        )
     data = stream.read(MAX_PROOF_BYTES + 1)
     if not data.startswith(_PROOF_LINE.encode()):
         finding = Finding(code="proof.unknown", message="this is no proof, bundle or statement")
@@ -205,12 +208,23 @@ def _proof(facts: _Facts, data: bytes, brought: Brought, entry: bytes | None) ->
     facts.shows.append(_sentence(proof.index, said))
 
 
-def _bundle(facts: _Facts, stream: BinaryIO, brought: Brought) -> None:
+def _find(facts: _Facts, indices: Sequence[int], leaves: Sequence[bytes], entry: bytes) -> None:
+    """Require the entry that somebody asks about among those that a file holds."""
+    leaf = leaf_hash(entry)
+    if leaf not in leaves:
+        raise TraceInvalid("the entry given is not among those it holds", code="proof.entry")
+    facts.index, facts.leaf = indices[leaves.index(leaf)], leaf
+    facts.shows.append(f"the entry given is entry {facts.index}, with the hash {leaf.hex()}")
+
+
+def _bundle(facts: _Facts, stream: BinaryIO, brought: Brought, entry: bytes | None) -> None:
     bundle = read_bundle_file(stream)
     head = _judge(facts, bundle.checkpoint, brought)
     facts.session, facts.entries = bundle.session, len(bundle.indices)
     if not bundle.holds(head):
         raise TraceInvalid("its entries are not in the signed tree", code="bundle.hash")
+    if entry is not None:
+        _find(facts, bundle.indices, bundle.leaves, entry)
     facts.complete = bundle.closed
     calls = f"{bundle.calls} calls ({bundle.open_calls} without outcome)"
     facts.shows.append(f"session {bundle.session}: {len(bundle.indices)} entries, {calls}")
@@ -221,9 +235,11 @@ def _bundle(facts: _Facts, stream: BinaryIO, brought: Brought) -> None:
             "it is whole up to its last entry here; its end is not: it went on, or was cut off"
         )
     facts.unchecked.append("whether the log holds a second session of that id: verify the trace")
+    if bundle.forgot:
+        facts.unchecked.append("whether it uses the id of a call twice: it has too many calls")
 
 
-def _statement(facts: _Facts, data: bytes, brought: Brought) -> None:
+def _statement(facts: _Facts, data: bytes, brought: Brought, entry: bytes | None) -> None:
     envelope = Envelope.parse(data)
     statement = Statement.parse(envelope.payload)
     facts.head, origin = statement.head, statement.head.origin
@@ -236,6 +252,9 @@ def _statement(facts: _Facts, data: bytes, brought: Brought) -> None:
         others = [key for key in brought.keys if key not in keys]
         _doubt_strangers(facts, [key for key in others if envelope.signer([key.of_log(origin)])])
     facts.entries, facts.session = len(statement.entries), statement.session
+    if entry is not None:
+        leaves = [leaf_hash(held) for _, held, _ in statement.entries]
+        _find(facts, [index for index, _, _ in statement.entries], leaves, entry)
     facts.shows += [_sentence(index, said) for index, _, said in statement.entries]
     if signer is not None:
         facts.signed_by, facts.level = _brought_name(signer, brought), 1
@@ -244,6 +263,11 @@ def _statement(facts: _Facts, data: bytes, brought: Brought) -> None:
                 "trust.quorum", "a statement has no cosignatures, and the policy wants some"
             )
     facts.unchecked.append("that the entries are in the tree: the signer says that it checked")
+    if not statement.unbroken:
+        facts.unchecked.append(
+            "that these entries are of one use of the id: others stand between them (verify the"
+            " trace: no id is used twice)"
+        )
     facts.unchecked.append("whether the call or session has other entries (export --session shows)")
 
 

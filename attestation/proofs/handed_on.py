@@ -38,7 +38,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 class Handed:
     """A file as a person asks about it, and what they bring.
 
-    ``entry`` is the file of the entry that a proof is about; without it, the one beside the proof.
+    ``entry`` is the file of the entry that a proof is about, or that a bundle or statement holds;
+    without it, the one beside a proof.
     """
 
     file: Path
@@ -66,7 +67,10 @@ def check_handed(handed: Handed) -> Evidence:
         origin=handed.origin,
         now=int(time.time()),
     )
-    entry = _entry(handed)
+    try:
+        entry = _entry(handed)
+    except OSError as error:  # the file beside it came with it, as what is in it did
+        return _unreadable(f"the {ENTRY_SUFFIX} file beside {handed.file}: {error.strerror}")
     try:
         fd = os.open(handed.file, _READ)  # never waits for a FIFO or a device
     except (OSError, ValueError) as error:
@@ -84,10 +88,14 @@ def check_handed(handed: Handed) -> Evidence:
 def _entry(handed: Handed) -> bytes | None:
     if handed.entry is not None:
         return read_whole(handed.entry, MAX_ENTRY_BYTES)
-    beside = handed.file.with_suffix(ENTRY_SUFFIX)
-    if handed.file.suffix != PROOF_SUFFIX or not os.path.isfile(beside):
+    if handed.file.suffix != PROOF_SUFFIX:
         return None
-    return read_whole(beside, MAX_ENTRY_BYTES)
+    beside = handed.file.with_suffix(ENTRY_SUFFIX)
+    if not os.path.isfile(beside):
+        return None
+    with os.fdopen(os.open(beside, _READ), "rb") as stream:
+        # One byte more than an entry has is another entry than the one it is about.
+        return stream.read(MAX_ENTRY_BYTES + 1)
 
 
 def _unreadable(why: str) -> Evidence:

@@ -57,13 +57,25 @@ def entries_with(
 def entries_of_session(
     folder: Folder, session: str, *, on_progress: Progress | None = None
 ) -> Iterator[tuple[Stored, Entry]]:
-    """Yield the signed entries of a session, up to its end."""
+    """Yield the signed entries of a session.
+
+    Raise TraceInvalid ``chain.twice`` where the log goes on with its id after its end: one part of
+    that would look like a whole session.
+    """
     wanted = f'"session":"{session}"'
+    over = False
     for stored, entry in entries_with(folder, wanted, on_progress=on_progress):
-        if entry.session == session:
-            yield stored, entry
-            if entry.kind is EntryKind.SESSION_CLOSE:
-                return
+        if entry.session != session:
+            continue
+        if over:
+            raise TraceInvalid(
+                f"entry {stored.index} uses the id of session {session} again, after its end",
+                code="chain.twice",
+                offset=stored.index,
+                hint="the log breaks its own rules: see `safeconduct trace verify`",
+            )
+        yield stored, entry
+        over = entry.kind is EntryKind.SESSION_CLOSE
 
 
 def ends_of_session(

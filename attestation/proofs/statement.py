@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safeconduct.attestation.checkpoint import Checkpoint, require_origin
 from safeconduct.attestation.encoding import MAX_ENTRY_BYTES
 from safeconduct.attestation.entry import Entry, parse_entry
-from safeconduct.attestation.merkle import HASH_BYTES, MAX_SIZE
+from safeconduct.attestation.merkle import HASH_BYTES, MAX_SIZE, leaf_hash
 from safeconduct.attestation.note import VerifierKey, decode_base64, encode_base64
 from safeconduct.call import EntryKind
 from safeconduct.errors import TraceInvalid
@@ -95,6 +96,11 @@ class Statement:
         """Return the session all entries are of."""
         return self.entries[0][2].session
 
+    @property
+    def unbroken(self) -> bool:
+        """Tell whether its entries follow each other in their session, each naming the last."""
+        return self.entries[-1][2].sseq - self.entries[0][2].sseq == len(self.entries) - 1
+
     @classmethod
     def about(cls, head: Checkpoint, entries: Sequence[tuple[int, bytes]]) -> Statement:
         """Make the statement about one call's entries, or about a session's first and last.
@@ -109,6 +115,10 @@ class Statement:
         if indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= head.size:
             raise _invalid("its entries are not in order, or not under that head")
         _require_one_story([entry for _, _, entry in parsed])
+        for (_, data, before), (_, _, entry) in pairwise(parsed):
+            follows = entry.sseq == before.sseq + 1
+            if follows and entry.prev != leaf_hash(data).hex():
+                raise _invalid("an entry does not name the one before it")
         return cls(head=head, entries=parsed)
 
     def payload(self) -> bytes:
@@ -171,7 +181,7 @@ def _require_one_story(entries: Sequence[Entry]) -> None:
     if any(entry.body["call"] != first.body["call"] for entry in entries):
         raise _invalid("its entries are of several calls")
     kinds = [entry.kind for entry in entries]
-    # An id may be used again after its outcome: one story has one of each.
+    # A log that breaks the rules may use an id again after its outcome: one story has one of each.
     ends = (EntryKind.CALL_INTENT, EntryKind.CALL_OUTCOME)
     if any(kinds.count(kind) != 1 for kind in ends) or kinds.count(EntryKind.CALL_DECISION) > 1:
         raise _invalid("its entries are of several calls with one id")

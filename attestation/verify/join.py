@@ -7,7 +7,7 @@ entry, by ``exact.py``, which names the first entry that is wrong.
 
 from __future__ import annotations
 
-from safeconduct.attestation.chain import MAX_OPEN, Chains, OpenSession
+from safeconduct.attestation.chain import MAX_KNOWN, MAX_OPEN, Chains, OpenSession
 
 from .summary import BEFORE, Part, Summary
 
@@ -17,6 +17,7 @@ class JoinedChains(Chains):
 
     sessions: int
     calls: int
+    _open_calls: int
 
     def join(self, summary: Summary) -> bool:
         """Take a range's summary. False: it does not fit, and nothing changed."""
@@ -25,52 +26,53 @@ class JoinedChains(Chains):
             return False
         if self._open_calls + summary.calls > MAX_OPEN:
             return False
-        before: dict[str, OpenSession | None] = {}
-        delta = 0
+        taken: list[tuple[Part, dict[str, int]]] = []
         for part in summary.parts:
-            known = self.open.get(part.session)
-            before.setdefault(part.session, known)
-            calls = _calls_after(known, part)
+            calls = self._calls_after(part)
             if calls is None or (part.closed and calls):
-                self._restore(before)
                 return False
-            delta += len(calls) - (len(known.calls) if known else 0)
-            if part.closed:
-                self.open.pop(part.session, None)
-            else:
-                self.open[part.session] = OpenSession(
-                    sseq=part.sseq,
-                    prev=part.prev,
-                    opened_at=known.opened_at if known else part.first_index,
-                    is_log=known.is_log if known else part.is_log,
-                    calls=calls,
-                )
-        self._open_calls += delta
+            taken.append((part, calls))
+        # INVARIANT: a range has one part of each session, so none of these changes another's.
+        for part, calls in taken:
+            self._take(part, calls)
         self.sessions += summary.sessions
         self.calls += summary.calls
         return True
 
-    def _restore(self, before: dict[str, OpenSession | None]) -> None:
-        for name, session in before.items():
-            if session is None:
-                self.open.pop(name, None)
-            else:
-                self.open[name] = session
+    def _take(self, part: Part, calls: dict[str, int]) -> None:
+        session = self.open.get(part.session)
+        if session is None:
+            at = part.first_index
+            session = OpenSession(sseq=0, prev=None, opened_at=at, is_log=part.is_log)
+        self._open_calls += len(calls) - len(session.calls)
+        session.sseq, session.prev, session.calls = part.sseq, part.prev, calls
+        if part.closed:
+            self.open.pop(part.session, None)
+            self._end(part.session, session)
+            return
+        self.open[part.session] = session
+        begun = part.ids()
+        if self._known_calls + len(begun) <= MAX_KNOWN:
+            session.used.update(map(hash, begun))
+            self._known_calls += len(begun)
+        else:
+            self.forgot = True
 
-
-def _calls_after(known: OpenSession | None, part: Part) -> dict[str, int] | None:
-    """Return the session's open calls after a part of it, or None when it does not follow."""
-    if part.starts:
-        return dict(part.calls) if known is None else None
-    if known is None or part.first_sseq != known.sseq + 1 or part.first_prev != known.prev:
-        return None
-    open_calls = known.calls
-    if not all(call in open_calls for call in part.needed):
-        return None
-    if any(call in part.absent for call in open_calls):
-        return None
-    calls = dict(open_calls)
-    for call in part.taken:
-        del calls[call]
-    calls.update((call, index) for call, index in part.calls.items() if index != BEFORE)
-    return calls
+    def _calls_after(self, part: Part) -> dict[str, int] | None:
+        """Return the session's open calls after a part of it, or None when it does not follow."""
+        known = self.open.get(part.session)
+        if part.starts:
+            new = known is None and hash(part.session) not in self._over
+            return dict(part.calls) if new else None
+        if known is None or part.first_sseq != known.sseq + 1 or part.first_prev != known.prev:
+            return None
+        open_calls, used = known.calls, known.used
+        if not all(call in open_calls for call in part.needed):
+            return None
+        if any(call in open_calls or hash(call) in used for call in part.ids()):
+            return None
+        calls = dict(open_calls)
+        for call in part.taken:
+            del calls[call]
+        calls.update((call, index) for call, index in part.calls.items() if index != BEFORE)
+        return calls

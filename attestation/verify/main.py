@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--policy", type=Path, metavar="FILE", help="a tlog-policy of yours: witnesses, quorum")
     add("--operator", action="append", default=[], help="a witness that is the operator's own")
-    add("--entry", type=Path, metavar="FILE", help="the entry that a proof must be about")
+    add("--entry", type=Path, metavar="FILE", help="the entry it must be about, or hold")
     add("--jobs", type=int, help="processes (default: one for each processor)")
     add("--no-remember", action="store_true", help="do not use or keep remembered checkpoints")
     add("--json", action="store_true", help="print the report as JSON")

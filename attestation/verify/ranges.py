@@ -6,21 +6,22 @@ summary, and ``join.py`` decides it exactly. INVARIANT: a summary without ``faul
 passes what ``parse_entry`` and ``Chains.follow`` would refuse; where this module is in doubt it
 says ``fault``, and the range is read again, slowly, entry by entry (``exact.py``).
 
-What is fast here: one decode, one re-spelling and one comparison for a whole bundle. Canonical
-entries hold no newline, so lines that are spelled as they stand have the boundaries they had.
+What is fast here: one decode, one re-spelling and one comparison for a whole bundle, or for as much
+of one as may be decoded at once. Canonical entries hold no newline, so lines that are spelled as
+they stand have the boundaries they had.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Any, Final, TypeAlias, cast
 
 import msgspec
 
-from safeconduct.attestation.encoding import MAX_INTEGER
+from safeconduct.attestation.encoding import MAX_ENTRY_BYTES, MAX_INTEGER
 from safeconduct.attestation.entry import (
     MAX_NAME_CHARACTERS,
     VERSION,
@@ -41,6 +42,9 @@ RANGE_BUNDLES = 64
 # How deep a body is decoded by type; a deeper one takes the slow way, up to MAX_DEPTH.
 _FAST_DEPTH = 5
 _HASH_HEX = 2 * HASH_BYTES
+# LIMIT: bytes of entries that are decoded at once: as objects they take up to thirty times as much.
+_SLICE_BYTES = 512 << 10
+_SLICE_ENTRIES = _SLICE_BYTES // MAX_ENTRY_BYTES
 # LIMIT: sets of clear fields remembered for one range.
 _KNOWN_MAX = 4096
 
@@ -95,12 +99,13 @@ class _State:
     """The parts of the range so far; ``open`` are the ones that are not closed."""
 
     open: dict[str, Part] = field(default_factory=dict[str, Part])
+    over: set[str] = field(default_factory=set[str])
     parts: list[Part] = field(default_factory=list[Part])
     sessions: int = 0
     calls: int = 0
     # Clear fields that passed before: most entries have the same few.
     known: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
-    # Of the bundle at hand: digits of commitments, and entries that come back whole.
+    # Of the lines at hand: digits of commitments, and entries that come back whole.
     digests: list[str] = field(default_factory=list[str])
     telling: list[tuple[int, Entry]] = field(default_factory=list[tuple[int, Entry]])
 
@@ -121,11 +126,7 @@ def check_range(folder: Folder, bundles: range, size: int, *, structure: bool = 
             if joined != read_tile(folder, 0, number, width):
                 raise _Doubt
             if structure:
-                times = _follow(state, number * TILE_WIDTH, entries, joined.hex())
-                summary.see_times(number * TILE_WIDTH, times)
-                for index, line in state.telling:
-                    data = entries[index - number * TILE_WIDTH]
-                    summary.tell(index, line.kind, line.body, data)
+                _follow(state, summary, number * TILE_WIDTH, entries, joined.hex())
         except (_Doubt, TraceInvalid):
             summary.fault = number
             break
@@ -134,6 +135,11 @@ def check_range(folder: Folder, bundles: range, size: int, *, structure: bool = 
             summary.roots.append(full_root(joined))
         else:
             summary.leaves = joined
+    try:
+        for part in state.open.values():
+            _require_once(part)
+    except _Doubt:
+        summary.fault = bundles.start
     summary.parts = state.parts
     summary.sessions, summary.calls = state.sessions, state.calls
     return summary
@@ -156,9 +162,23 @@ def _read(folder: Folder, number: int, width: int) -> list[bytes]:
     return entries
 
 
-def _follow(state: _State, first: int, entries: list[bytes], leaves: str) -> list[int]:
-    """Parse the entries of a bundle and follow their sessions; return their times."""
-    lines, odd = _parse(entries)
+def _follow(state: _State, summary: Summary, first: int, entries: list[bytes], leaves: str) -> None:
+    """Parse the entries of a bundle, a slice at a time, and follow their sessions."""
+    # Nobody hears what was told of a bundle whose end is in doubt: its range is read again.
+    at = 0
+    for lines, odd in _parse(entries):
+        _follow_lines(state, first + at, lines, odd, leaves[at * _HASH_HEX :])
+        summary.see_times(first + at, [line.time for line in lines])
+        for index, line in state.telling:
+            summary.tell(index, line.kind, line.body, entries[index - first])
+        at += len(lines)
+    for part in state.open.values():
+        part.gather()
+
+
+def _follow_lines(
+    state: _State, first: int, lines: Sequence[Any], odd: Iterable[bytes], leaves: str
+) -> None:
     state.digests, state.telling = [], []
     find, step = state.open.get, _STEPS.get
     try:
@@ -177,21 +197,24 @@ def _follow(state: _State, first: int, entries: list[bytes], leaves: str) -> lis
         parse_entry(data)
     if "".join(state.digests).encode().translate(None, b"0123456789abcdef"):
         raise _Doubt
-    return [line.time for line in lines]
 
 
-def _parse(entries: list[bytes]) -> tuple[Sequence[Any], Iterable[bytes]]:
-    """Parse entries, and name those whose texts may hold more than printable ASCII."""
-    joined = b"\n".join(entries)
-    try:
-        lines = _decoder.decode_lines(joined)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return [parse_entry(data) for data in entries], ()
-    if len(lines) != len(entries) or _encoder.encode_lines(lines) != joined + b"\n":
-        raise _Doubt
-    if _is_plain(joined):
-        return lines, ()
-    return lines, [data for data in entries if not _is_plain(data)]
+def _parse(entries: list[bytes]) -> Iterator[tuple[Sequence[Any], Iterable[bytes]]]:
+    """Parse entries, in slices, and name those whose texts may hold more than printable ASCII."""
+    step = TILE_WIDTH if sum(map(len, entries)) <= _SLICE_BYTES else _SLICE_ENTRIES
+    for start in range(0, len(entries), step):
+        part = entries[start : start + step]
+        joined = b"\n".join(part)
+        try:
+            lines = _decoder.decode_lines(joined)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            for data in part:  # one at a time, as each may take as much as a slice
+                yield [parse_entry(data)], ()
+            continue
+        if len(lines) != len(part) or _encoder.encode_lines(lines) != joined + b"\n":
+            raise _Doubt
+        plain = _is_plain(joined)
+        yield lines, () if plain else [data for data in part if not _is_plain(data)]
 
 
 def _is_plain(data: bytes) -> bool:
@@ -209,6 +232,8 @@ def _begin(state: _State, index: int, line: Entry) -> Part:
     if starts and (line.sseq != 0 or line.prev is not None):
         raise _Doubt
     is_log = line.kind == _LOG_OPEN
+    if session in state.over or (index == 0 and not is_log):
+        raise _Doubt
     part = Part(session, starts, is_log, index, line.sseq, line.prev, line.sseq)
     state.open[session] = part
     state.parts.append(part)
@@ -225,8 +250,7 @@ def _intent(state: _State, part: Part, index: int, line: Entry) -> None:
     call = _name(body["call"])
     if call in part.calls:
         raise _Doubt
-    if not part.starts:
-        part.absent.add(call)  # once too often, where the call was known, does no harm
+    part.fresh.append(call)
     part.calls[call] = index
     state.calls += 1
 
@@ -260,6 +284,10 @@ def _rare(state: _State, part: Part, index: int, line: Entry) -> None:
         if part.calls:
             raise _Doubt
         part.closed = True
+        state.over.add(part.session)
+        _require_once(part)
+        if part.starts:
+            part.begun.clear()
         del state.open[part.session]
     elif kind is EntryKind.APPROVAL:
         _use_call(part, line.body["call"])
@@ -281,9 +309,18 @@ def _use_call(part: Part, call: str) -> None:
         part.calls[call] = BEFORE
 
 
+def _require_once(part: Part) -> None:
+    """Leave it to the exact reader where a call id may have been used twice."""
+    part.gather()
+    ids = part.ids()
+    begun = set(ids)
+    if len(begun) != len(ids) or not begun.isdisjoint(part.needed):
+        raise _Doubt
+
+
 def _need(part: Part, call: str) -> None:
     """Leave it to the join whether the call was open before; here it must be unheard of."""
-    if part.starts or call in part.needed or call in part.absent:
+    if part.starts or call in part.needed:
         raise _Doubt
     part.needed.add(call)
 

@@ -2,7 +2,9 @@
 
 Put back to an older state, or forked, a log still verifies by itself; held against what was seen
 before, it does not. The memory is the verifier's: a folder of notes of mode 0700, one for each
-origin, as the log signed them. Only what a trusted key signed is ever kept.
+origin and key, as the log signed them. Only what a trusted key signed is ever kept. A note of a key
+that the log was handed over to is kept under the keys before it too, with a line that names the
+signer: a copy from before the change of key does not even name the new one.
 """
 
 from __future__ import annotations
@@ -20,9 +22,14 @@ from safeconduct.attestation.reader import CHECKPOINT
 from safeconduct.errors import Exit, TraceInvalid
 
 from .report import Report
+from .vouching import Recalled, key_mark
 
 # LIMIT: keys of one log that are remembered.
 _MAX_KEYS = 64
+_CARRIED = b"carried "
+# LIMIT: a note, and the line that names its signer.
+_MAX_BYTES = MAX_NOTE_BYTES + 512
+_SOURCE = "remembered from an earlier verification on this machine"
 
 
 def memory_folder(environment: Mapping[str, str]) -> Path:
@@ -39,19 +46,21 @@ class Memory:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def recall(self, origin: str) -> list[tuple[str, bytes]]:
+    def recall(self, origin: str) -> list[Recalled]:
         """Return the notes remembered of the log of this origin, one for each key."""
-        words = "remembered from an earlier verification on this machine"
-        found: list[tuple[str, bytes]] = []
+        found: list[Recalled] = []
         try:
             with Folder(self._directory) as folder:
                 begin = _hash(origin)
                 names = [name for name in folder.names("") if name.startswith(begin)]
                 for name in names[:_MAX_KEYS]:
                     with suppress(TraceInvalid):
-                        note = folder.read(name, limit=MAX_NOTE_BYTES)
-                        if _origin(note) == origin:
-                            found.append((words, note))
+                        signer, note = _split(folder.read(name, limit=_MAX_BYTES))
+                        if _origin(note) != origin:
+                            continue
+                        under = name.removeprefix(f"{begin}-").partition(".")[0]
+                        one = Recalled(source=_SOURCE, note=note, under=under, signer=signer)
+                        found.append(one)
         except TraceInvalid:
             return found
         return found
@@ -77,14 +86,29 @@ class Memory:
                 return False
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(OSError), Folder(self._directory) as folder:
-                name = _name(head.origin, key)
-                if _outlives(folder, name, key, head, report):
-                    return False
-                folder.write(name, note, mode=0o600)
-                return True
+                for line in report.carried_from:
+                    old, named = VerifierKey.parse(line), f"{key.line}\n".encode()
+                    _put(folder, _name(head.origin, old), _CARRIED + named + note, head, report)
+                return _put(folder, _name(head.origin, key), note, head, report)
         except (TraceInvalid, OSError):
             return False
         return False
+
+
+def _split(data: bytes) -> tuple[VerifierKey | None, bytes]:
+    """Cut what is kept into the key that signed, where it was another one, and the note."""
+    if not data.startswith(_CARRIED):
+        return None, data
+    line, _, note = data.removeprefix(_CARRIED).partition(b"\n")
+    return VerifierKey.parse(line.decode("ascii", "replace")), note
+
+
+def _put(folder: Folder, name: str, data: bytes, head: Checkpoint, report: Report) -> bool:
+    """Keep a note unless a newer one is kept; tell whether it is."""
+    if _outlives(folder, name, VerifierKey.parse(report.signed_key), head, report):
+        return False
+    folder.write(name, data, mode=0o600)
+    return True
 
 
 def _origin(note: bytes) -> str:
@@ -98,10 +122,11 @@ def _outlives(
 
     The folder that was verified may have shown another log while the memory was looked up.
     """
+    before = [VerifierKey.parse(line) for line in report.carried_from]
     try:
-        note = folder.read(name, limit=MAX_NOTE_BYTES)
+        signer, note = _split(folder.read(name, limit=_MAX_BYTES))
         kept = Checkpoint.parse(Note.parse(note).text)
-        true = _signed(key, note)
+        true = any(_signed(one, note) for one in (signer or key, *before))
     except TraceInvalid:
         return False
     held = any(one.number == 2 and one.reached for one in report.levels)
@@ -120,4 +145,4 @@ def _hash(origin: str) -> str:
 
 def _name(origin: str, key: VerifierKey) -> str:
     """Name a file by log and key: another key's log of the same name takes nobody's place."""
-    return f"{_hash(origin)}-{sha256(key.public).hexdigest()[:16]}.checkpoint"
+    return f"{_hash(origin)}-{key_mark(key)}.checkpoint"

@@ -24,6 +24,7 @@ CONTRADICTIONS: Final = frozenset(
         "held.fork",
         "rotation.fork",
         "rotation.invalid",
+        "rotation.limit",
         "rotation.retired",
         "cosignature.invalid",
         "trust.fork",
@@ -76,6 +77,7 @@ class Facts(Seen):
     head: Checkpoint | None = None
     trust: Trust | None = None
     pinned: bool = False
+    forgot: bool = False
     isolation: str = ""
     replayable: Replayable = field(default_factory=Replayable)
 
@@ -89,7 +91,8 @@ class Report(Seen):
     says it was signed with: they came with the log and are a claim, no more. ``unsigned`` counts
     entries after the checkpoint, ``replayable`` calls whose arguments are here to judge again and
     ``sealed`` entries whose openings only the operator's vault opens. ``clock_back`` is the first
-    entry whose time is earlier than that of the entry before, or -1.
+    entry whose time is earlier than that of the entry before, or -1. ``carried_from`` are the key
+    lines that handed the log over, in the end to ``signed_key``.
     """
 
     status: Exit
@@ -98,6 +101,7 @@ class Report(Seen):
     origin: str = ""
     signed_by: str = ""
     signed_key: str = ""
+    carried_from: tuple[str, ...] = ()
     size: int = 0
     root: str = ""
     rotations: int = 0
@@ -224,6 +228,7 @@ def make_report(facts: Facts) -> Report:
         origin=head.origin if head else "",
         signed_by=trust.signed_by.name if trust and trust.signed_by else "",
         signed_key=trust.signed_by.line if trust and trust.signed_by else "",
+        carried_from=tuple(key.line for key in trust.carried_from) if trust else (),
         size=head.size if head else 0,
         root=head.root.hex() if head else "",
         rotations=trust.rotations if trust else 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Final
 
+from safeconduct.attestation.chain import MAX_KNOWN
 from safeconduct.attestation.checkpoint import Checkpoint
 from safeconduct.errors import Exit
 
@@ -22,6 +23,10 @@ _UNTRUSTED: Final = frozenset(
 )
 _UNREADABLE: Final = frozenset({"trace.io"})
 
+_FORGOT: Final = (
+    f"whether the id of a session, or of a call in it, was used twice: {MAX_KNOWN} of each were"
+    " compared, and there are more"
+)
 _ALWAYS: Final = (
     "whether everything that happened was recorded, and recorded truthfully",
     "openings and blobs (they are outside the signed tree; replay checks each it uses)",
@@ -112,6 +117,7 @@ def not_checked(facts: Facts, status: Exit, levels: tuple[Level, ...]) -> tuple[
     if 3 not in reached:
         unchecked.append("whether others were shown another history of this log (L3 tells)")
     unchecked += _ALWAYS
+    unchecked += [_FORGOT] * facts.forgot
     times = "times are the recording machine's own"
     if facts.clock_back >= 0:
         times += f": its clock was set back before entry {facts.clock_back}"

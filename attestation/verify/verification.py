@@ -36,8 +36,6 @@ from .worker import MAX_JOBS, check_ranges, usable_cpus
 _MAX_FINDINGS = 20
 # LIMIT: keys a verifier may bring.
 MAX_KEYS = 64
-# LIMIT: unsigned journal entries that are counted.
-_MAX_UNSIGNED = 1_000_000
 # LIMIT: handings over of the log's key that are followed.
 _MAX_ROTATIONS = 4096
 # Below this, starting a worker takes longer than it saves.
@@ -124,6 +122,8 @@ class _Verification:
         self._recoveries = 0
         self._redactions = 0
         self._rotations: list[tuple[int, bytes]] = []
+        self._rotation_cut = -1
+        self._origins: dict[str, int] = {}
         self._unsigned = 0
         self._time = -1
         self._clock_back = -1
@@ -144,12 +144,13 @@ class _Verification:
             self._tell(error, CHECKPOINT if head is None else "", error.offset, -1)
         if head is not None and trust is not None and not self._findings:
             try:
-                trust.follow(self._rotations)
+                trust.follow(self._rotations, self._rotation_cut)
                 trust.name_stranger()
                 trust.compare_held()
                 trust.judge_witnesses()
             except TraceInvalid as error:
                 self._accuse(error, CHECKPOINT, -1)
+            self._check_origins(head.origin)
             self._check_ends()
             self._check_journal(head.size)
         elif trust is not None and trust.signed_by is not None and self._only_missing():
@@ -171,10 +172,12 @@ class _Verification:
         )
         leaves = b""
         for span, fast in checked:
-            summary = fast
+            summary, sound = fast, exact.sound
             if fast.fault >= 0 or (exact.sound and not self._chains.join(fast)):
                 summary = exact.read(span)
-            self._note_facts(summary, span.start * TILE_WIDTH)
+            # A worker may have parsed ahead of the first bad entry: nothing after that is told.
+            if sound:
+                self._note_facts(summary, span.start * TILE_WIDTH)
             for root in summary.roots:
                 tree.push(root)
             leaves = summary.leaves
@@ -195,9 +198,21 @@ class _Verification:
         self._time = max(self._time, summary.last_time)
         if summary.key_line:
             self._isolation, self._claimed_line = summary.isolation, summary.key_line
+        for origin, index in summary.origins.items() if len(self._origins) < 2 else ():
+            self._origins.setdefault(origin, index)
         self._recoveries += summary.recoveries
         self._redactions += summary.redactions
-        self._rotations += summary.rotations[: _MAX_ROTATIONS - len(self._rotations)]
+        room = _MAX_ROTATIONS - len(self._rotations)
+        self._rotations += summary.rotations[:room]
+        cut = [index for index, _ in summary.rotations[room:]] or [summary.cut]
+        self._rotation_cut = cut[0] if self._rotation_cut < 0 else self._rotation_cut
+
+    def _check_origins(self, origin: str) -> None:
+        """Report a run that another log began: its entries were signed under a name not theirs."""
+        for claimed, index in self._origins.items():
+            if claimed != origin:
+                message = f"this log.open is of the log {claimed}, not of {origin}"
+                self._accuse(_bad("log.origin", message), "", index)
 
     # -- what is left open -------------------------------------------------------------------
 
@@ -212,19 +227,20 @@ class _Verification:
 
     def _check_journal(self, size: int) -> None:
         """Count entries after the checkpoint: nobody vouches for them."""
-        tail = JournalTail()
+        tail = JournalTail.bounded()
         try:
-            for index, _ in read_journal(self._folder, tail):
+            for index, _ in read_journal(self._folder, tail, size=size):
                 self._unsigned += index >= size
-                if self._unsigned >= _MAX_UNSIGNED:
-                    break
         except TraceInvalid as error:
             self._accuse(error, "", -1)
         if tail.dropped_bytes:
             message = f"the journal ends in {tail.dropped_bytes} bytes that are no entry"
             self._accuse(_bad("log.unsigned", message), "", -1)
-        if self._unsigned:
-            message = f"{self._unsigned} entries after the checkpoint are not signed"
+        if self._unsigned or tail.cut:
+            least = "at least " if tail.cut else ""
+            message = f"{least}{self._unsigned} entries after the checkpoint are not signed"
+            if tail.cut:
+                message += ": the journal is longer than what is read of one"
             self._accuse(_bad("log.unsigned", message), "", size)
 
     def _only_missing(self) -> bool:
@@ -266,6 +282,7 @@ class _Verification:
             open_sessions=sum(not one.is_log for one in self._chains.open.values()),
             open_calls=self._chains.open_calls,
             unsigned=self._unsigned,
+            forgot=self._chains.forgot,
             recoveries=self._recoveries,
             redactions=self._redactions,
             clock_back=self._clock_back,

@@ -8,31 +8,39 @@ verifier's own keys vouches for it. Called only for a log whose entries hash to 
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from safeconduct.attestation.checkpoint import Checkpoint
-from safeconduct.attestation.entry import parse_entry
 from safeconduct.attestation.folder import Folder
-from safeconduct.attestation.merkle import verify_consistency
-from safeconduct.attestation.note import MAX_NOTE_BYTES, Note, VerifierKey
-from safeconduct.attestation.rotation import follow_rotation
-from safeconduct.attestation.tiles import TileStore
+from safeconduct.attestation.note import Note, VerifierKey
 from safeconduct.errors import TraceInvalid
 
+from .handover import Handovers, require_extends, signs
 from .trust import TrustPolicy, Verdict, keys_for, speaks_for
 from .witnessed import newest_witnessed
-
-_HEADS = "checkpoints"
-_SIZE = re.compile(r"[1-9][0-9]{0,18}")
 
 Accuse = Callable[[TraceInvalid, str, int], None]
 """Take what is wrong, in which file and at which entry."""
 
-Recall = Callable[[str], Sequence[tuple[str, bytes]]]
-"""Return the notes remembered of the log of an origin, each with words for where it is from."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recalled:
+    """A note that is remembered of a log, with words for where it is from.
+
+    ``signer`` and ``under``, the mark of another key, are there where a verification carried trust
+    over from that key to the signer: who trusts the one then believes this note of the other.
+    """
+
+    source: str
+    note: bytes
+    under: str = ""
+    signer: VerifierKey | None = None
+
+
+Recall = Callable[[str], Sequence[Recalled]]
+"""Return what is remembered of the log of an origin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +75,23 @@ class Trust:
         counted = keys_for(head.origin, brought.keys, listed)
         self.trusted: list[VerifierKey] = [*counted, *listed]
         self._strangers = [key for key in brought.keys if key not in counted]
-        self._sizes: list[int] | None = None
-        self._retired: dict[VerifierKey, VerifierKey] = {}
+        self._handovers = Handovers(folder, note, head, self.trusted)
         self.signed_by: VerifierKey | None = None
-        self.rotations = 0
         self.held: Checkpoint | None = None
         self.held_from = ""
         self.passed_over = 0
         self.verdict: Verdict | None = None
+
+    @property
+    def rotations(self) -> int:
+        """Return how many changes of key were followed."""
+        return self._handovers.count
+
+    @property
+    def carried_from(self) -> list[VerifierKey]:
+        """Return the trusted keys from which trust was carried over to the one that signed."""
+        new, leads_to = self.signed_by, self._handovers.leads_to
+        return [key for key in self.trusted if leads_to(key, new)] if new is not None else []
 
     def require_origin(self) -> None:
         """Raise TraceInvalid ``trace.origin`` for another log than the verifier means."""
@@ -89,23 +106,27 @@ class Trust:
             if signs(key, self._note):
                 self.signed_by = self.signed_by or key
 
-    def follow(self, rotations: Sequence[tuple[int, bytes]]) -> None:
-        """Carry the brought keys over to the ones they handed the log over to."""
+    def follow(self, rotations: Sequence[tuple[int, bytes]], cut: int = -1) -> None:
+        """Carry the brought keys over to the ones they handed the log over to.
+
+        ``cut`` is the first ``key.rotate`` entry that is too large, or one too many: a key may
+        have been ended by it. INVARIANT: none is passed over in silence.
+        """
         for index, data in rotations:
             try:
-                self._rotate(index, data)
+                self._handovers.follow(index, data)
             except TraceInvalid as error:
                 if error.code != "rotation.stranger":
                     self._accuse(error, "", index)
+        if cut >= 0:
+            message = "a change of key is too large, or one of too many, to be followed"
+            self._accuse(TraceInvalid(message, code="rotation.limit"), "", cut)
         self.check_signatures()
-        if (
-            self.signed_by is not None
-            and self.signed_by in self._retired
-            and not self._signed_anew()
-        ):
-            name = self.signed_by.name
-            message = f"the head is signed by {name} alone, which handed the log over"
-            self._accuse(TraceInvalid(message, code="rotation.retired"), "checkpoint", -1)
+        signer = self.signed_by
+        if signer is None or not self._handovers.ended(signer) or self._handovers.signed_anew():
+            return
+        message = f"the head is signed by {signer.name} alone, which handed the log over"
+        self._accuse(TraceInvalid(message, code="rotation.retired"), "checkpoint", -1)
 
     def name_stranger(self) -> None:
         """Where nobody vouches for the log but a key for other logs was brought, say so."""
@@ -120,44 +141,6 @@ class Trust:
                 " of several keys only one whose name does counts"
             )
             self._accuse(TraceInvalid(message, code="key.origin"), "checkpoint", -1)
-
-    def _signed_anew(self) -> bool:
-        fresh = [key for key in self.trusted if key not in self._retired]
-        return any(signs(key, self._note) for key in fresh)
-
-    def _rotate(self, index: int, data: bytes) -> None:
-        body = parse_entry(data).body
-        new = follow_rotation(body, self.trusted, self._head.origin)
-        old = VerifierKey.parse(str(body["old"]))
-        if self._retired.get(old, new) != new:
-            message = f"{old.name} hands the log over a second time, to {new.name}"
-            raise TraceInvalid(message, code="rotation.retired")
-        path, note, head = self._covering(index)
-        if not signs(old, note):
-            raise TraceInvalid(
-                f"{path} covers the handing over to {new.name} and is not signed by {old.name}",
-                code="rotation.uncovered",
-            )
-        self._require_extends(head, "rotation.fork", f"{path}, signed by {old.name},")
-        self.rotations += 1
-        self._retired[old] = new
-        if new not in self.trusted:
-            self.trusted.append(new)
-
-    def _covering(self, index: int) -> tuple[str, Note, Checkpoint]:
-        """Return the smallest stored checkpoint that covers an entry; at last the newest one."""
-        if self._sizes is None:  # read once: a log may be handed over thousands of times
-            names = [name for name in self._folder.names(_HEADS) if _SIZE.fullmatch(name)]
-            self._sizes = sorted(size for size in map(int, names) if size < self._head.size)
-        at = bisect_right(self._sizes, index)
-        if at == len(self._sizes):
-            return "checkpoint", self._note, self._head
-        path = f"{_HEADS}/{self._sizes[at]}"
-        note = Note.parse(self._folder.read(path, limit=MAX_NOTE_BYTES))
-        head = Checkpoint.parse(note.text)
-        if head.size != self._sizes[at] or head.origin != self._head.origin:
-            raise TraceInvalid(f"{path} is of another log", code="rotation.uncovered")
-        return path, note, head
 
     def compare_held(self, *, whole: bool = True) -> None:
         """Hold the log against the checkpoints the verifier brought.
@@ -174,26 +157,31 @@ class Trust:
     def _compare_remembered(self, whole: bool) -> None:
         """Compare what is remembered under keys trusted now; count what is under others."""
         recall = self._brought.recall
-        for source, data in recall(self._head.origin) if recall else ():
+        for one in recall(self._head.origin) if recall else ():
             try:
-                note = Note.parse(data)
-                known = self._signed(note)
+                note = Note.parse(one.note)
+                known = self._signed(note) or self._was_carried(one, note)
             except TraceInvalid:  # a damaged memory is none
                 continue
             if not known:
                 self.passed_over += 1
                 continue
             try:
-                self._compare(source, note, whole)
+                self._compare(one.source, note, whole, known=True)
             except TraceInvalid as error:
                 self._accuse(error, "", -1)
 
-    def _compare(self, source: str, note: Note, whole: bool) -> None:
+    def _was_carried(self, one: Recalled, note: Note) -> bool:
+        """Tell whether trust in a key of ours was carried over to the signer of a note."""
+        ours = any(one.under == key_mark(key) for key in self.trusted)
+        return ours and one.signer is not None and signs(one.signer, note)
+
+    def _compare(self, source: str, note: Note, whole: bool, *, known: bool = False) -> None:
         held = Checkpoint.parse(note.text)
         if held.origin != self._head.origin:
             message = f"the checkpoint held ({source}) is of the log {held.origin}"
             raise TraceInvalid(message, code="held.untrusted")
-        if not self._signed(note):
+        if not known and not self._signed(note):
             message = f"no key of yours signed the checkpoint held ({source})"
             raise TraceInvalid(message, code="held.untrusted")
         if held.size > self._head.size:
@@ -217,16 +205,7 @@ class Trust:
         return any(signs(key, note) for key in self.trusted)
 
     def _require_extends(self, old: Checkpoint, code: str, what: str) -> None:
-        """Prove, from hashes that need not be believed, that the head extends an older one."""
-        head = self._head
-        tiles = TileStore.load(self._folder, head.size)
-        proof = tiles.prove_consistency(old.size, head.size)
-        if not verify_consistency(old.size, old.root, head.size, head.root, proof):
-            raise TraceInvalid(
-                f"{what} is of another history of this log: the two were signed apart",
-                code=code,
-                hint="keep both checkpoints: together they prove that the log was forked",
-            )
+        require_extends(self._folder, self._head, old, code, what)
 
     def judge_witnesses(self) -> None:
         """Hold the checkpoint against the verifier's policy of witnesses."""
@@ -273,24 +252,12 @@ class Trust:
         return True
 
 
+def key_mark(key: VerifierKey) -> str:
+    """Return what names a key in the verifier's memory."""
+    return sha256(key.public).hexdigest()[:16]
+
+
 def listed_keys(policy: TrustPolicy | None, origin: str) -> list[VerifierKey]:
     """Return a policy's log keys that speak for an origin, by the names they have in the file."""
     logs = policy.logs if policy else ()
     return [one.key for one in logs if one.key and speaks_for(one.key.name, origin)]
-
-
-def signs(key: VerifierKey, note: Note) -> bool:
-    """Tell whether a key signed a note. Raise ``checkpoint.signature`` where its line is false."""
-    found = False
-    named = key.of_log(note.text.partition("\n")[0])
-    for line in note.signatures:
-        if not named.made(line):
-            continue
-        if not named.verifies(line, note.text):
-            raise TraceInvalid(
-                f"the signature of {key.name} on the checkpoint of {note.text.split()[1]} entries"
-                " is false",
-                code="checkpoint.signature",
-            )
-        found = True
-    return found

@@ -9,8 +9,9 @@ from safeconduct.call import Effect
 from safeconduct.policies.binding import Rule, ToolRules, implied_by
 from safeconduct.policies.lattice.profiles import profile_within
 from safeconduct.policies.lattice.rules import Scope
-from safeconduct.policies.match import AnyValue, Matcher, UrlMatcher
+from safeconduct.policies.match import AnyValue, Matcher
 from safeconduct.policies.match_text import Email, Host, Regex
+from safeconduct.policies.match_url import UrlMatcher
 from safeconduct.policies.rules import Policy
 
 from .findings import Finding, Level, at

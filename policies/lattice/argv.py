@@ -51,7 +51,8 @@ def element_subsumes(wide: Element, narrow: Element) -> bool:
 
     match owner(wide), owner(narrow):
         case SpelledNumber() as one, SpelledNumber() as other:
-            return one.range.low <= other.range.low and other.range.high <= one.range.high
+            within = one.range.low <= other.range.low and other.range.high <= one.range.high
+            return within and (one.range.restricts or not other.range.restricts)
         case SpelledPath() as one, SpelledPath() as other:
             return one.workspace == other.workspace and subsumes(one.paths, other.paths)
         case (TextLength() | Regex()) as one, (TextLength() | Regex()) as other:
@@ -68,6 +69,9 @@ def element_disjoint(one: Element, other: Element) -> bool:
             return not any(_matches(second, word) for word in words)
     match owner(one), owner(other):
         case SpelledNumber() as mine, SpelledNumber() as theirs:
+            # Two restrictions share the words that are no plain number.
+            if mine.range.restricts and theirs.range.restricts:
+                return False
             return mine.range.high < theirs.range.low or theirs.range.high < mine.range.low
         case _:
             return False

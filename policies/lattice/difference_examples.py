@@ -16,16 +16,19 @@ from safeconduct.policies.match import AnyValue, Matcher
 from safeconduct.policies.rules import Judged
 from safeconduct.policies.signatures import Kind, Signature
 
-from .difference_shell import joined_calls
+from .difference_shell import fed_calls, joined_calls, writing_calls
 from .doubt import Doubt
 from .examples import examples
 from .inclusion import Language, search
 from .matchers import path_parts
 from .profiles import profile_widenings
-from .rules import Scope, bound_within, restricting
+from .restriction import restricting
+from .rules import Scope, bound_within
 
 # LIMIT: Calls that are judged to find one example.
 MAX_TRIED: Final = 900
+# LIMIT: shell texts among them, in which an argument is not known yet.
+MAX_TEXTS: Final = 300
 _PATHS: Final = frozenset({Kind.PATH, Kind.NEW_PATH, Kind.TOOL_PATH})
 _SEVERITY: Final = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 _HOUR_MS: Final = 3_600_000
@@ -75,12 +78,29 @@ def find_example(sides: Sides, tool: str, doubt: Doubt, rules: Sequence[Rule]) -
     else:
         documents = _calls(scope, tool, doubt, rules)
     calls = list(itertools.islice(documents, MAX_TRIED))
+    calls += itertools.islice(_in_text(sides, tool, calls, rules), MAX_TEXTS)
     for document, facts in _tries(calls, _situations(sides.role, rules)):
         decisions = sides.decide(document, facts)
         if decisions is not None and shows(*decisions):
             before, after = decisions
             return Case(document=document, facts=facts, old=before, new=after)
     return None
+
+
+def _in_text(
+    sides: Sides, tool: str, calls: Sequence[Document], rules: Sequence[Rule]
+) -> Iterator[Document]:
+    """Yield shell texts whose parts are Calls like these, with an input that nobody knows."""
+    if sides.new is None:
+        return
+    if tool == "shell.run":
+        yield from fed_calls(sides.new.workspace, rules)
+    if tool == "fs.write":
+        policies = [*(sides.old.parts if sides.old is not None else ()), *sides.new.parts]
+        found = (policy.rules_of("shell.run") for policy in policies)
+        programs = [rule for one in found if one is not None for rule in one.all]
+        paths = dict.fromkeys(str(call.arguments.get("path")) for call in calls)
+        yield from writing_calls(sides.new.workspace, programs, paths)
 
 
 def _tries(

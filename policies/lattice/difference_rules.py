@@ -17,7 +17,8 @@ from safeconduct.policies.signatures import Signature
 
 from .difference_profiles import ProfileComparison
 from .doubt import Doubt, Rules, likeness
-from .rules import Scope, as_restriction, bound_within
+from .restriction import as_restriction, names_fed, of_unknown
+from .rules import Scope, bound_within
 
 # LIMIT: new rules that are tried as what counts the Calls of one old Bound.
 MAX_COUNTING: Final = 16
@@ -34,6 +35,7 @@ def doubts(old: Policy | None, new: Policy, tool: str) -> list[Doubt]:
     comparison = _Comparison(old, before, new, rules)
     found = chain(
         comparison.granted(),
+        comparison.unjudged(),
         comparison.allowed(),
         comparison.profiles(),
         comparison.bounds(),
@@ -69,6 +71,24 @@ class _Comparison:
             for grant in self._grants:
                 if self._gets_around(grant, part, [self._deny]):
                     yield Doubt(code=_CODES[grant.effect], rule=grant, focus=deny)
+
+    def unjudged(self) -> Iterator[Doubt]:
+        """Yield where a part of shell text is granted that was refused as its input is not known.
+
+        An ask that names stdin or content refuses it as a deny does (commands.py).
+        """
+        asks = [of_unknown(rule) for rule in self._was_ask.all if names_fed(rule)]
+        if not (asks and self._scope.signature.closed):
+            return
+        refusing = [rule for rule in self._ask.all if names_fed(rule)]
+        now = [Rules(of_unknown(rule) for rule in chain(self._deny.all, refusing))]
+        grants = [rule for rule in self._grants if not names_fed(rule)]
+        for ask, part in self._lost(Rules(asks), now):
+            for grant in grants:
+                if self._gets_around(grant, part, now):
+                    asked = self._restricted([self._ask], grant, part)
+                    code = _CODES[Effect.ASK if asked else grant.effect]
+                    yield Doubt(code=code, rule=grant, focus=ask)
 
     def allowed(self) -> Iterator[Doubt]:
         """Yield where a Call may be allowed that was asked about."""

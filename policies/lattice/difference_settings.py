@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from safeconduct.call import Effect, Profile, Tier
-from safeconduct.policies.rules import Judged, Policy, Server
+from safeconduct.policies.rules import Judged, Policy, Rule, Server
+from safeconduct.policies.signatures import PROGRAMS, RESERVED
+from safeconduct.policies.wildcards import ToolPattern, is_wildcard
 
 from .profiles import profile_widenings
 from .trace import trace_gains
@@ -49,44 +51,51 @@ def _server_gains(old: Judged, known: Server, new: Judged, server: Server) -> li
     # A server runs in the narrower of what all parts say; each part is compared by itself.
     gains: list[str] = []
     for mine in old.parts:
-        before = _profile(mine, known.profile)
-        afters = [_profile(part, server.profile) for part in new.parts]
-        ways: list[list[str]] = [list(profile_widenings(before, one)) for one in afters]
-        fewest = min(ways, key=_count)
-        gains += fewest
+        before = mine.profile_of_server(known.name, known.profile)
+        afters = [part.profile_of_server(server.name, server.profile) for part in new.parts]
+        gains += _fewest(before, afters)
     return gains
-
-
-def _profile(policy: Policy, name: str | None) -> Profile:
-    return policy.profiles.get(name or "", policy.default_profile)
 
 
 def _profiles(old: Judged, new: Judged) -> Iterator[tuple[str, str]]:
     """Find profiles that became wider and that no rule uses.
 
     A server that the policy does not name runs in the profile of its name, else in the default
-    one. Where a rule uses a profile, its calls show what became wider.
+    one. Where a rule uses a profile, its calls show what became wider; those of a rule for tools
+    of any server do not.
     """
-    used = {
-        part.profile_of(rule).name
-        for part in new.parts
-        for rule in part.every_rule()
-        if rule.effect is not Effect.DENY
-    }
+    granting = [(part, x) for part in new.parts for x in part.every_rule() if _grants(x)]
+    used = {part.profile_of(rule).name for part, rule in granting}
+    anywhere = {rule.tool.partition(".")[0] for _, rule in granting if rule.profile is None}
+    patterns = [ToolPattern(word) for word in sorted(anywhere) if is_wildcard(word)]
     for mine in old.parts:
-        default = mine.default_profile
-        for name, before in {**mine.profiles, default.name: default}.items():
-            afters = [_kept(part, before, default) for part in new.parts]
-            ways = [list(profile_widenings(before, one)) for one in afters if one is not None]
-            if name not in used and len(ways) == len(new.parts) and all(ways):
-                gains = ", ".join(min(ways, key=_count)[:3])
-                yield "diff.default", f"profile {name}, in which servers run, {gains}"
+        for name, before, afters in _placed(mine, new):
+            if name in used and not any(pattern.matches(name) for pattern in patterns):
+                continue
+            if gains := _fewest(before, afters):
+                yield (
+                    "diff.default",
+                    f"profile {name}, in which servers run, {', '.join(gains[:3])}",
+                )
 
 
-def _kept(part: Policy, before: Profile, default: Profile) -> Profile | None:
-    """Return what a part has in the place of a profile; None where it has none of the name."""
-    return part.default_profile if before is default else part.profiles.get(before.name)
+def _placed(mine: Policy, new: Judged) -> Iterator[tuple[str, Profile, list[Profile]]]:
+    """Yield where a server runs, by its name: before, and in each part of the new policy."""
+    default = mine.default_profile
+    yield default.name, default, [part.default_profile for part in new.parts]
+    added = {name for part in new.parts for name in part.profiles} - mine.profiles.keys()
+    defaults = {part.default_profile.name for part in new.parts}
+    # A profile that becomes the default one was compared as such.
+    for name in (*mine.profiles, *sorted(added - defaults)):
+        if name != default.name and name not in RESERVED | PROGRAMS:
+            afters = [part.profile_of_server(name, None) for part in new.parts]
+            yield name, mine.profile_of_server(name, None), afters
 
 
-def _count(gains: list[str]) -> int:
-    return len(gains)
+def _grants(rule: Rule) -> bool:
+    return rule.effect is not Effect.DENY
+
+
+def _fewest(before: Profile, afters: Iterable[Profile]) -> list[str]:
+    """Return what is gained where a server gets what all of these give."""
+    return min((list(profile_widenings(before, one)) for one in afters), key=len)

@@ -20,10 +20,10 @@ from safeconduct.policies.match import (
     PathMatcher,
     SpelledNumber,
     SpelledPath,
-    UrlMatcher,
 )
 from safeconduct.policies.match_json import Shape
 from safeconduct.policies.match_text import Email, Excluding, Host, Regex
+from safeconduct.policies.match_url import UrlMatcher
 from safeconduct.policies.shapes import Form, Type
 from safeconduct.policies.urls import UrlPattern
 

@@ -21,10 +21,10 @@ from safeconduct.policies.match import (
     NumberRange,
     PathMatcher,
     TextLength,
-    UrlMatcher,
 )
 from safeconduct.policies.match_json import Shape
 from safeconduct.policies.match_text import Email, Excluding, Host, Regex
+from safeconduct.policies.match_url import UrlMatcher
 from safeconduct.policies.signatures import Kind
 
 from .argv import argv_disjoint, argv_subsumes
@@ -215,7 +215,8 @@ def _type(matcher: Matcher) -> str | None:
 
 def _numbers_subsume(wide: Matcher, narrow: Matcher) -> bool:
     if isinstance(wide, NumberRange) and isinstance(narrow, NumberRange):
-        return wide.low <= narrow.low and narrow.high <= wide.high
+        within = wide.low <= narrow.low and narrow.high <= wide.high
+        return within and (wide.restricts or not narrow.restricts)
     return False
 
 

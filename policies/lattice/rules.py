@@ -7,17 +7,19 @@ the kind that it judges, which no matcher says, so kinds are held against each o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from safeconduct.call import Bound, Json
 from safeconduct.policies.binding import Rule, takes_lists
-from safeconduct.policies.match import AnyValue, Argv, Literals, Matcher, PathMatcher, UrlMatcher
+from safeconduct.policies.match import AnyValue, Argv, Literals, Matcher, PathMatcher
 from safeconduct.policies.match_text import Email, Excluding, Host
-from safeconduct.policies.signatures import WORKSPACE_DEFAULT, Kind, Signature, fits
+from safeconduct.policies.match_url import UrlMatcher
+from safeconduct.policies.signatures import FED, WORKSPACE_DEFAULT, Kind, Signature, fits
 
 from .argv import listed
 from .matchers import Only, disjoint, finite, intersect, subsumes
+from .restriction import names_fed, restricting
 
 # LIMIT: into how many smaller grants one is taken apart to be covered by several.
 MAX_PIECES = 128
@@ -62,6 +64,13 @@ class Scope:
         argument = self.signature.arguments.get(name)
         return argument is not None and (argument.required or argument.default is not None)
 
+    def _may_be_fed(self, rule: Rule, name: str) -> bool:
+        """Tell whether a rule grants parts of shell text in which an argument is not known yet.
+
+        One that names it grants none of them (commands.py).
+        """
+        return self.signature.closed and name in FED and not names_fed(rule, {name})
+
     def single(self, name: str) -> bool:
         """Tell whether an argument is surely no list."""
         argument = self.signature.arguments.get(name)
@@ -79,7 +88,7 @@ class Scope:
             return True
         for name, matcher in wide.matchers.items():
             found = self.granted(narrow, name)
-            if found is None or not self.present(narrow, name):
+            if found is None or not self.present(narrow, name) or self._may_be_fed(narrow, name):
                 return False
             if not self._covers(name, matcher, found):
                 return False
@@ -230,16 +239,6 @@ class Scope:
 
 def _names_alike(name: str, grant: Rule) -> bool:
     return any(name.casefold() == other.casefold() for other in grant.matchers or {})
-
-
-def restricting(rule: Rule) -> Mapping[str, Matcher]:
-    """Return what the arguments are where a rule restricts (binding.py)."""
-    return rule.restricting or rule.matchers or {}
-
-
-def as_restriction(rule: Rule) -> Rule:
-    """Return a rule whose only form is the one in which it restricts."""
-    return replace(rule, matchers=rule.restricting, restricting=None) if rule.restricting else rule
 
 
 def _is_number(value: Json) -> bool:

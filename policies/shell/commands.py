@@ -21,10 +21,11 @@ from safeconduct.call import (
     Profile,
     Unit,
 )
+from safeconduct.policies.bounds import MAX_AMOUNT
 from safeconduct.policies.capability import covers
 from safeconduct.policies.globs import hidden_by
 from safeconduct.policies.rules import Judged, Rule
-from safeconduct.policies.signatures import BUILT_IN
+from safeconduct.policies.signatures import BUILT_IN, UNKNOWN
 from safeconduct.policies.trace_terms import most_durable
 
 from .form import Join, Redirect, Simple, write_shell
@@ -46,7 +47,8 @@ class Part:
     """One call that the text makes. ``runs``: a program, else a redirection that opens a path.
 
     ``unjudged`` names an argument that only comes to be while the text runs, if there is one: the
-    input from a pipe, the content of a file. ``shown`` is its spelling.
+    input from a pipe, the content of a file. The Document says so too (`Document.unfit`), for the
+    `when` of a rule. ``shown`` is its spelling.
     """
 
     document: Document
@@ -112,7 +114,11 @@ def _program(document: Document, command: Simple, shared: Mapping[str, Json]) ->
     if fed:
         arguments.pop("stdin", None)
     return Part(
-        document=replace(document, arguments={name: arguments[name] for name in sorted(arguments)}),
+        document=replace(
+            document,
+            arguments={name: arguments[name] for name in sorted(arguments)},
+            unfit=_unknown("stdin") if fed else None,
+        ),
         shown=write_shell([replace(command, join=Join.FIRST, redirects=())]),
         runs=True,
         unjudged="stdin" if fed else None,
@@ -126,11 +132,16 @@ def _opened(document: Document, redirect: Redirect) -> Part:
             tool="fs.read" if reads else "fs.write",
             arguments={"path": redirect.target},
             workspace=document.workspace,
+            unfit=None if reads else _unknown("content"),
         ),
         shown=f"{redirect.operator} {redirect.target}",
         runs=False,
         unjudged=None if reads else "content",
     )
+
+
+def _unknown(name: str) -> Mapping[str, tuple[str, str]]:
+    return {name: (UNKNOWN, f"its {name} is not known yet")}
 
 
 def judge_commands(policy: Judged, document: Document, decide_one: DecideOne) -> Decision:
@@ -178,8 +189,8 @@ def _judge_part(policy: Judged, part: Part, decide_one: DecideOne) -> Decision:
 
 def _may_restrict(rule: Rule, document: Document, unknown: str) -> bool:
     """Tell whether a rule would bind this call for some value of the argument nobody knows."""
-    matchers = rule.restricting or rule.matchers
-    if matchers is None or unknown not in matchers:
+    matchers = rule.restricting or rule.matchers or {}
+    if unknown not in matchers and (rule.when is None or unknown not in rule.when.arguments):
         return False
     known = {name: matcher for name, matcher in matchers.items() if name != unknown}
     return replace(rule, matchers=known, restricting=None).restricts(document.arguments)
@@ -209,7 +220,8 @@ def _covered(folders: Sequence[str], path: str) -> bool:
 def _sum(verdicts: Sequence[Decision]) -> tuple[Bound, ...]:
     """Join what each part is bound by: as many calls of a rule as parts that it granted.
 
-    All else is used by the one sandbox for all of them, so it is taken once.
+    So with money and tokens, which each program spends. Bytes are measured of the one sandbox that
+    runs them all, so they are taken once.
     """
     bounds: dict[tuple[str, Unit, Per, int | None], Bound] = {}
     for bound in (bound for verdict in verdicts for bound in verdict.obligations):
@@ -217,8 +229,9 @@ def _sum(verdicts: Sequence[Decision]) -> tuple[Bound, ...]:
         known = bounds.get(key)
         if known is None:
             bounds[key] = bound
-        elif bound.unit is Unit.CALLS and bound.per is not Per.CALL:
-            bounds[key] = replace(known, reserve=known.reserve + bound.reserve)
+        elif bound.unit is not Unit.BYTES and bound.per is not Per.CALL:
+            spent = min(known.reserve + bound.reserve, MAX_AMOUNT)
+            bounds[key] = replace(known, reserve=spent)
         else:
             bounds[key] = replace(known, reserve=max(known.reserve, bound.reserve))
     return tuple(bounds.values())

@@ -18,8 +18,10 @@ from typing import Final, Protocol, TypeGuard
 
 from safeconduct.call import Json
 
-# LIMIT: list elements that one condition looks at. Its other steps are bounded by its length.
+# LIMIT: elements and members that one condition looks at; its length bounds its other steps.
 MAX_STEPS: Final = 20_000
+# `call.NAME` is an argument; the steps behind it lead through the members of objects.
+_WITHIN_ARGUMENT: Final = 2
 
 
 class WhenError(ValueError):
@@ -111,11 +113,17 @@ class Fact:
             raise WhenError("when.missing", f"there is no {'.'.join(self.path)}") from None
 
     def look_up(self, run: Run) -> Json:
-        """Return the value; KeyError where it is missing, WhenError where a step has no members."""
+        """Return the value; KeyError where it is missing.
+
+        WhenError where a step has no members, or one that may be taken for the one that is meant.
+        """
         value: Json = run.facts
-        for name in self.path:
+        for depth, name in enumerate(self.path):
             if not _is_mapping(value):
                 raise WhenError("when.type", f"{'.'.join(self.path)} leads through a plain value")
+            # The names of arguments themselves are compared where a Call becomes a Document.
+            if depth >= _WITHIN_ARGUMENT:
+                _refuse_namesake(run, value, name)
             value = value[name]
         return value
 
@@ -239,6 +247,15 @@ def equal(left: Json, right: Json) -> bool:
     if one is not other or one not in _SCALARS:
         raise WhenError("when.type", f"a {one} is not compared with a {other}")
     return left == right
+
+
+def _refuse_namesake(run: Run, members: Mapping[str, Json], name: str) -> None:
+    # Go's encoding/json takes `Amount` for `amount` (https://pkg.go.dev/encoding/json#Unmarshal),
+    # so where both may be meant, or only the other is there, nobody can say what a tool reads.
+    run.look(len(members))
+    read = name.casefold()
+    if any(other != name and other.casefold() == read for other in members):
+        raise WhenError("when.ambiguous", f"a tool may take another member for {name}")
 
 
 def _number(value: Json) -> int | float:

@@ -23,8 +23,7 @@ class Frames:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._held = bytearray()
         self._skipping = False
         self._skipped = 0
 
@@ -39,7 +38,7 @@ class Frames:
             if self._skipping:
                 self._skipping, self._skipped = False, 0
                 continue
-            self._parts.append(b"\n")
+            self._held += b"\n"
             yield self._take()
         yield from self._more(rest)
 
@@ -49,15 +48,11 @@ class Frames:
             if self._skipped > _SKIPPED_BYTES_MAX:
                 raise ProtocolError("A frame has no end.", code="mcp.frame_too_long")
             return
-        if not part:
-            return
-        self._parts.append(part)
-        self._size += len(part)
-        if self._size > self._limit:
+        self._held += part
+        if len(self._held) > self._limit:
             self._skipping = True
             yield TooLong(self._take()[: self._limit])
 
     def _take(self) -> bytes:
-        taken = b"".join(self._parts)
-        self._parts, self._size = [], 0
+        taken, self._held = bytes(self._held), bytearray()
         return taken

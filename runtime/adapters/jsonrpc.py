@@ -1,6 +1,6 @@
 """Step "adapter": one frame becomes one JSON-RPC message that every parser reads alike.
 
-The proxy judges a copy and forwards the original, so a frame that two parsers could read
+The proxy judges a copy and mostly forwards the original, so a frame that two parsers could read
 differently must not pass: duplicate keys (most parsers keep the last), member names that differ
 only in case (Go's encoding/json matches them alike), raw line separators (Python's text files
 split at a lone CR, Node's readline at U+2028), lone surrogates, NaN, batches, and numbers that a
@@ -181,6 +181,16 @@ def error_frame(number: Id | None, code: int, message: str) -> bytes:
 def result_frame(number: Id, result: Mapping[str, Json]) -> bytes:
     """Write a response with a result."""
     return json.dumps({"jsonrpc": "2.0", "id": number, "result": result}).encode() + b"\n"
+
+
+def request_frame(message: Message, params: Mapping[str, Json]) -> bytes:
+    """Write a request anew with other params. Raises ProtocolError ``json.too_deep``."""
+    # INVARIANT: a request has these members and no others (_request).
+    body = {"jsonrpc": "2.0", "id": message.id, "method": message.method, "params": params}
+    try:
+        return json.dumps(body).encode() + b"\n"
+    except RecursionError as error:
+        raise _refuse("json.too_deep", "a frame is nested too deep") from error
 
 
 def _refuse(code: str, message: str) -> ProtocolError:

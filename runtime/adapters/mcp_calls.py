@@ -18,7 +18,7 @@ from safeconduct.call import Confinement, Json, Outcome, Usage
 from safeconduct.errors import Denied, Error, ProtocolError, ToolFailed
 from safeconduct.runtime.pipeline import Admitted, Pipeline
 
-from .jsonrpc import Id, Message, result_frame
+from .jsonrpc import Id, Message, request_frame, result_frame
 
 TOOLS_CALL = "tools/call"
 # Parameters that a call may carry. `task` is missing on purpose: its result would come through
@@ -76,6 +76,19 @@ def read_call(message: Message) -> Request:
         if params.get(name) is not None and not isinstance(params[name], kind):
             raise _bad(f"{name} is of another type")
     return Request(tool=tool, arguments=arguments)
+
+
+def judged_frame(message: Message, frame: bytes, admitted: Admitted) -> bytes:
+    """Return the frame of a call as it was judged: the client's own bytes where nothing differs.
+
+    A path, URL, host or address that has several spellings is judged in one of them. The server
+    gets that one: it may resolve a relative path from another folder, and read ``0x7f.1`` as a
+    name. Raises ProtocolError ``json.too_deep``.
+    """
+    judged = admitted.document.arguments
+    if judged == admitted.call.arguments:
+        return frame
+    return request_frame(message, {**message.params, "arguments": dict(judged)})
 
 
 def client_name(message: Message) -> str | None:

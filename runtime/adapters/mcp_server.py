@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from safeconduct.call import Call, Engine, Json, Outcome, Profile
-from safeconduct.errors import Error, PolicyError, SandboxUnavailable, ToolFailed
+from safeconduct.errors import Error, Exit, PolicyError, SandboxUnavailable, ToolFailed
 from safeconduct.policies import Judged, Policy, Rule, hidden_by, narrow_profiles
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.sandbox.channel import Exit as End
@@ -32,7 +32,6 @@ from safeconduct.runtime.supervisor import Runtime
 
 # LIMIT: the wall limit of a session.
 SESSION_WALL_MS = 24 * 3600 * 1000
-_FALLBACK = "base"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
 # LIMIT: symbolic links followed to tell which folder a program needs.
 _LINKS_MAX = 16
@@ -74,17 +73,15 @@ def choose_profile(policy: Judged, server: str, asked: str | None) -> Profile:
 
 def _chosen(part: Policy, server: str, asked: str | None) -> Profile:
     """Choose among the profiles of one part; refuse a rule of it that names another."""
-    names = (asked, server, _FALLBACK)
-    found = next((name for name in names if name is not None and name in part.profiles), None)
-    profile = part.default_profile if found is None else part.profiles[found]
-    elsewhere = [rule for rule in rules_of(part, server) if rule.profile not in (None, found)]
+    profile = part.profile_of_server(server, asked)
+    elsewhere = [x for x in rules_of(part, server) if x.profile not in (None, profile.name)]
     if elsewhere:
         rule = elsewhere[0]
         raise PolicyError(
             f"Rule {rule.id} ({rule.where}) runs in profile {rule.profile}, "
             f"and the server runs in {profile.name}.",
             code="mcp.profile_conflict",
-            hint=f"Start it with --profile {rule.profile}, or take it out of the rule.",
+            hint=f"Start it with --profile {rule.profile}, or write profile: {profile.name} there.",
         )
     return profile
 
@@ -192,6 +189,29 @@ def ended(admitted: Admitted, running: Running, end: End | int) -> Outcome:
     if isinstance(end, End):
         return running.outcome(call, end, stdout=b"", stderr=b"", cut=False)
     return Outcome(call=call, signal=signal.SIGKILL, confinement=running.confinement)
+
+
+def exit_code(end: End | int, *, lost: int) -> int:
+    """Say how the command ends: as the server did, 125 if it owed its client ``lost`` answers.
+
+    0 where the client left first and the server had to be killed; 128+n after signal n.
+    """
+    if not isinstance(end, End):
+        return Exit.OK if end == signal.SIGKILL else Exit.SIGNAL + end
+    if end.wall_limit:
+        return Exit.LIMIT
+    if end.signal is not None:
+        return Exit.SIGNAL + end.signal
+    return end.code or (Exit.FAILURE if lost else Exit.OK)
+
+
+def reason(end: End | int, *, client_left: bool) -> ToolFailed:
+    """Say why calls without an answer will get none."""
+    if client_left:
+        return ToolFailed("The client left.", code="mcp.client_gone")
+    if isinstance(end, End):
+        return ToolFailed("The server ended.", code="mcp.server_gone")
+    return ToolFailed("The session was interrupted.", code="mcp.interrupted")
 
 
 def unseen(argv: Sequence[str], profile: Profile) -> list[str]:

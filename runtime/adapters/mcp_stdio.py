@@ -1,8 +1,9 @@
 """Step "adapter": a proxy between an MCP client and one confined server, over stdio.
 
 Frames are forwarded as they came; a parsed copy is judged. ``tools/call`` goes along the pipeline
-and reaches the server only if it was allowed and recorded; its response reaches the client only
-after its Outcome was recorded. All other messages pass, byte for byte.
+and reaches the server only if it was allowed and recorded, written anew where its arguments were
+judged in another spelling; its response reaches the client only after its Outcome was recorded.
+All other messages pass, byte for byte.
 
 One thread per direction keeps the order of frames and lets pipes push back: nothing is queued.
 The main thread waits for the first event that ends the session. What arrives from either side is
@@ -25,7 +26,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from safeconduct.call import Call
-from safeconduct.errors import Denied, Error, Exit, ProtocolError, SandboxFailed, ToolFailed
+from safeconduct.errors import Denied, Error, ProtocolError, SandboxFailed, ToolFailed
 from safeconduct.runtime.pipeline import Pipeline
 from safeconduct.runtime.sandbox.channel import Exit as End
 from safeconduct.runtime.sandbox.running import Running
@@ -43,7 +44,15 @@ from .jsonrpc import (
     request_id,
     salvage_id,
 )  # fmt: skip
-from .mcp_calls import OpenCall, OpenRequests, client_name, is_call, read_call, refusal
+from .mcp_calls import (
+    OpenCall,
+    OpenRequests,
+    client_name,
+    is_call,
+    judged_frame,
+    read_call,
+    refusal,
+)  # fmt: skip
 
 # LIMIT: bytes of one frame. A server's results carry files and images.
 CLIENT_FRAME_BYTES_MAX = 4 << 20
@@ -212,9 +221,10 @@ class Proxy:
             self._forward(frame)
             return
         self._open.hold(message.id)
-        call = None
+        call: OpenCall | None = None
         try:
-            call = self._admit(message) if calls else None
+            if calls:
+                call, frame = self._admit(message, frame)
         except ProtocolError:
             self._open.release(message.id)
             raise
@@ -229,7 +239,8 @@ class Proxy:
         elif call is not None:
             call.failed(ToolFailed("The session is over.", code="mcp.server_gone"))
 
-    def _admit(self, message: Message) -> OpenCall:
+    def _admit(self, message: Message, frame: bytes) -> tuple[OpenCall, bytes]:
+        """Return the open call and the frame that tells the server what was judged."""
         request = read_call(message)
         call = Call(
             id=secrets.token_hex(8),
@@ -240,7 +251,13 @@ class Proxy:
             origin="mcp",
             parent=self._start.id,
         )
-        return OpenCall.admit(self._pipeline, self._pipeline.admit(call), self._running.confinement)
+        context = self._pipeline.admit(call)
+        opened = OpenCall.admit(self._pipeline, context, self._running.confinement)
+        try:
+            return opened, judged_frame(message, frame, opened.admitted)
+        except ProtocolError as error:
+            opened.failed(error)
+            raise
 
     def _cancel(self, message: Message) -> None:
         """Keep a cancelled call open: cancelling is a wish, and its answer may be on the way.
@@ -310,29 +327,6 @@ class Proxy:
                 _write(self._line.client_out, frame)
         except BrokenPipeError:
             self._events.put(Left.CLIENT)
-
-
-def exit_code(end: End | int, *, lost: int) -> int:
-    """Say how the command ends: as the server did, 125 if it owed its client ``lost`` answers.
-
-    0 where the client left first and the server had to be killed; 128+n after signal n.
-    """
-    if not isinstance(end, End):
-        return Exit.OK if end == signal.SIGKILL else Exit.SIGNAL + end
-    if end.wall_limit:
-        return Exit.LIMIT
-    if end.signal is not None:
-        return Exit.SIGNAL + end.signal
-    return end.code or (Exit.FAILURE if lost else Exit.OK)
-
-
-def reason(end: End | int, *, client_left: bool) -> ToolFailed:
-    """Say why calls without an answer will get none."""
-    if client_left:
-        return ToolFailed("The client left.", code="mcp.client_gone")
-    if isinstance(end, End):
-        return ToolFailed("The server ended.", code="mcp.server_gone")
-    return ToolFailed("The session was interrupted.", code="mcp.interrupted")
 
 
 def _cancelled() -> ToolFailed:

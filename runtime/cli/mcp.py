@@ -23,12 +23,14 @@ from safeconduct.runtime.adapters.mcp_server import (
     choose_profile,
     confined,
     ended,
+    exit_code,
     named_server,
+    reason,
     recorded,
     rules_of,
     unseen,
 )  # fmt: skip
-from safeconduct.runtime.adapters.mcp_stdio import Event, Line, Proxy, exit_code, reason
+from safeconduct.runtime.adapters.mcp_stdio import Event, Line, Proxy
 from safeconduct.runtime.adapters.stderr import relay
 from safeconduct.runtime.pipeline import Admitted
 from safeconduct.runtime.supervisor import Runtime

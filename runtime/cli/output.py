@@ -16,6 +16,8 @@ from .terminal import printable, tell
 
 # LIMIT: bytes of one write(2): how much must be read for us to see that somebody reads.
 _PIECE_BYTES = 16 << 10
+# LIMIT: what waits is joined up to so many bytes: an object for each byte would take fifty.
+_JOINED_BYTES = 64 << 10
 # LIMIT: how long a reader who takes nothing is waited for, where the call was ended by force.
 _PATIENCE_SECONDS = 2.0
 
@@ -31,7 +33,8 @@ class Output:
     def __init__(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = {name: decoder("backslashreplace") for name in ("stdout", "stderr")}
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        # The first one is being written, and nothing is added to it any more.
+        self._waiting: deque[tuple[int, bytearray]] = deque()
         self._changed = threading.Condition()
         self._written_bytes = 0
         self._failure: OSError | None = None
@@ -65,7 +68,7 @@ class Output:
         if any(events & select.POLLERR for _, events in poll.poll(0)):
             raise BrokenPipeError
         with self._changed:
-            self._waiting.append((fd, data))
+            self._append(fd, data)
             self._changed.notify_all()
         if self._thread is None:
             # It may wait for a reader for ever, and then ends with us.
@@ -88,6 +91,14 @@ class Output:
         self._abandon()
         tell("the rest of its output is dropped: nobody read it")
         return replace(outcome, truncated=True)
+
+    def _append(self, fd: int, data: bytes) -> None:
+        if len(self._waiting) > 1:
+            last_fd, last = self._waiting[-1]
+            if last_fd == fd and len(last) + len(data) <= _JOINED_BYTES:
+                last += data
+                return
+        self._waiting.append((fd, bytearray(data)))
 
     def _wait(self, seconds: float | None) -> bool:
         """Wait until all is written, or a write failed; False if nothing was for ``seconds``."""
@@ -130,7 +141,7 @@ class Output:
                     self._waiting.popleft()
                 self._changed.notify_all()
 
-    def _write(self, fd: int, data: bytes) -> None:
+    def _write(self, fd: int, data: bytearray) -> None:
         view = memoryview(data)
         while view:
             try:

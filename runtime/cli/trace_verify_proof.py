@@ -36,7 +36,10 @@ def verify_proof(
     operator: OperatorOption = None,
     entry: Annotated[
         Path | None,
-        typer.Option("--entry", help="The entry a proof is about (default: the file beside it)."),
+        typer.Option(
+            "--entry",
+            help="The entry it must be about, or hold (a proof's default: the file beside it).",
+        ),
     ] = None,
     origin: OriginOption = None,
     as_json: JsonOption = False,

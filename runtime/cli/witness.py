@@ -137,26 +137,27 @@ def _refuse_hidden_operator(key: CosigningKey, logs: Sequence[VerifierKey], path
             code="witness.operator",
             hint="make one of its own with --name",
         )
-    mine = _own_log_keys(path)
-    for log in logs:
-        if log.public in mine and not speaks_for(log.name, key.name):
+    watched = {log.public for log in logs}
+    # The name in a --log line may be any: a verifier goes by the one the operator hands out.
+    for own in _own_log_keys(path):
+        if own.public in watched and not speaks_for(own.name, key.name):
             raise TraceInvalid(
-                f"this account holds the key of the log {log.name}: its witness would vouch for"
+                f"this account holds the key of the log {own.name}: its witness would vouch for"
                 " itself",
                 code="witness.operator",
-                hint=f"run it under another account, or name its key {log.name}/witness:"
+                hint=f"run it under another account, or name its key {own.name}/witness:"
                 " verifiers then know that it adds no trust",
             )
 
 
-def _own_log_keys(path: Path) -> set[bytes]:
+def _own_log_keys(path: Path) -> list[VerifierKey]:
     """Return the log keys of this account: its own, and those beside the witness's key file."""
     files = [Places.of(os.environ).public_key, *sorted(path.absolute().parent.glob("*.pub"))[:100]]
-    found: set[bytes] = set()
+    found: list[VerifierKey] = []
     for file in files:
         try:
             line = read_file(file, _LINE_BYTES_MAX).decode("ascii").strip()
-            found.add(VerifierKey.parse(line).public)
+            found.append(VerifierKey.parse(line))
         except (UsageError, TraceInvalid, UnicodeDecodeError, OSError):
             continue  # no key of a log
     return found

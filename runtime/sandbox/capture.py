@@ -31,7 +31,8 @@ class Capture:
         self._left = limit
         self._sink = sink
         self._seen = False
-        self._parts: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        # One byte takes one byte, however small the pieces are that a program writes.
+        self._kept = {"stdout": bytearray(), "stderr": bytearray()}
 
     def follow(
         self,
@@ -76,7 +77,7 @@ class Capture:
         for fd, name in names.items():
             while self._read(fd, name):
                 pass
-        self.stdout, self.stderr = (b"".join(parts) for parts in self._parts.values())
+        self.stdout, self.stderr = map(bytes, self._kept.values())
 
     def _look(self, watch: Watch, channel: Channel, now: float, deadline: float) -> float:
         """Look at the limits that the kernel does not hold; return when to look again."""
@@ -103,7 +104,7 @@ class Capture:
         self.cut = self.cut or len(kept) < len(data)
         self._left -= len(kept)
         if kept:
-            self._parts[name].append(kept)
+            self._kept[name] += kept
             if self._sink:
                 self._sink(name, kept)
         return True

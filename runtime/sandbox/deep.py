@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+from . import folders
+
 # LIMIT: pieces that are moved in one go; what is left then stays deep.
 _MOVES_MAX = 4096
+# LIMIT: folders that are opened in search of them.
+_FOLDERS_MAX = 200_000
 
 
-def flatten(root: str, depth: int, since_ns: int) -> int:
+def flatten(root: int, depth: int, since_ns: int) -> int:
     """Move folders that lie deeper than ``depth`` below ``root`` to its top; return how many.
 
-    Only what changed since, with all that holds it: what was there before stays where it is. The
-    program is dead, so nothing moves meanwhile. What this user may not enter is left. Raises
-    OSError where ``root`` cannot be opened.
+    ``root`` is an open folder, O_PATH too. Only what changed since is moved: what was there before
+    stays where it is. The program is dead, so nothing moves meanwhile.
+    Folders of our own that it closed are opened; those of others that may not be entered are left.
+    Raises OSError where ``root`` cannot be listed.
     """
     token, moved = secrets.token_hex(4), 0
-    top = os.open(root, _FOLDER)
+    top = folders.list_again(root)
+    budget = iter(range(_FOLDERS_MAX))
     try:
-        waiting = _changed_folders(top, since_ns)
+        waiting = _subfolders(top)
         while waiting and moved < _MOVES_MAX:
-            for folder, name in _too_deep(top, waiting.pop(), depth, since_ns):
+            for folder, name in _too_deep(top, waiting.pop(), depth, since_ns, budget):
                 piece = f"too-deep-{token}-{moved}"
                 with suppress(OSError):
-                    os.rename(name, piece, src_dir_fd=folder, dst_dir_fd=top)
+                    _move(folder, name, top, piece)
                     waiting.append(piece)
                     moved += 1
     finally:
@@ -40,38 +46,59 @@ def flatten(root: str, depth: int, since_ns: int) -> int:
     return moved
 
 
-def _too_deep(top: int, name: str, depth: int, since_ns: int) -> Iterator[tuple[int, str]]:
+def _move(folder: int, name: str, top: int, piece: str) -> None:
+    try:
+        os.rename(name, piece, src_dir_fd=folder, dst_dir_fd=top)
+    except PermissionError:
+        # Moving a folder rewrites its "..", which needs the right to change itself, rename(2).
+        moved = folders.step_down(folder, name)
+        try:
+            for one in (folder, moved, top):
+                folders.admit(one, folders.CHANGE)
+        finally:
+            os.close(moved)
+        os.rename(name, piece, src_dir_fd=folder, dst_dir_fd=top)
+
+
+def _too_deep(
+    top: int, name: str, depth: int, since_ns: int, budget: Iterator[int]
+) -> Iterator[tuple[int, str]]:
     """Yield (open folder, name) of each changed folder that lies at ``depth`` below ``name``."""
     opened: list[tuple[int, list[str]]] = []
     try:
-        with suppress(OSError):
-            folder = os.open(name, _FOLDER, dir_fd=top)
-            opened.append((folder, _changed_folders(folder, since_ns)))
-        while opened:
+        _enter(opened, top, name)
+        while opened and next(budget, None) is not None:
             folder, names = opened[-1]
             if len(opened) >= depth:
-                yield from ((folder, one) for one in names)
+                yield from ((folder, one) for one in _subfolders(folder, since_ns))
                 names = []
             if not names:
                 os.close(opened.pop()[0])
                 continue
-            with suppress(OSError):
-                inner = os.open(names.pop(), _FOLDER, dir_fd=folder)
-                opened.append((inner, _changed_folders(inner, since_ns)))
+            _enter(opened, folder, names.pop())
     finally:
         for folder, _ in opened:
             os.close(folder)
 
 
-def _changed_folders(folder: int, since_ns: int) -> list[str]:
+def _enter(opened: list[tuple[int, list[str]]], above: int, name: str) -> None:
+    """Open one more folder and note its subfolders: a folder need not have changed for one that
+    lies in it to have.
+    """
+    with suppress(OSError):
+        opened.append((folders.list_below(above, name), []))
+        opened[-1][1].extend(_subfolders(opened[-1][0]))
+
+
+def _subfolders(folder: int, since_ns: int = 0) -> list[str]:
     """Return the names of subfolders on the same file system that changed since."""
     device, found = os.fstat(folder).st_dev, list[str]()
-    with os.scandir(folder) as entries:
+    with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
+                status = folders.look_at(folder, entry.name)
                 if (
-                    entry.is_dir(follow_symlinks=False)
+                    stat.S_ISDIR(status.st_mode)
                     and status.st_dev == device
                     and status.st_ctime_ns >= since_ns
                 ):

@@ -299,8 +299,21 @@ def _carve(root: str, access: str, without: frozenset[str]) -> Iterator[Plan]:
             continue
         if access == "read":
             yield {"path": path, "access": "list"}
-        with os.scandir(path) as entries:
-            waiting += [entry.path for entry in entries if not entry.is_symlink()]
+        waiting += _siblings(path)
+
+
+def _siblings(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if not entry.is_symlink()]
+    except OSError as error:
+        # The shield opened it a moment ago, so something closes it on purpose, or it is not ours.
+        raise SandboxFailed(
+            f"{folder} holds what must not be granted, and cannot be listed: {error.strerror}.",
+            step="layout",
+            errno=error.errno or 0,
+            hint="Give your user the right to list it, chmod(1).",
+        ) from error
 
 
 def inside(path: str, folder: str) -> bool:

@@ -146,7 +146,9 @@ class NativeSandbox:
                         arrived=(lambda: refusals.take(running.channel)) if refusals else None,
                     )
                 except SandboxFailed as error:
-                    if error.step in ("channel", "launcher"):
+                    if error.step == "channel":
+                        running.pool.failed = True  # its others may die of the same
+                    elif error.step == "launcher":
                         self._stock.pools.distrust()
                     raise running.translated(error) from error
                 if capture.exceeded == "depth":
@@ -325,7 +327,7 @@ class NativeSandbox:
 
     def program(self, profile: Profile, *, explain: bool = False) -> bytes:
         """Return the seccomp filter of a profile."""
-        return seccomp.compile_filter(self.tier, profile.syscalls, explain=explain)
+        return seccomp.filter_of(self.tier, profile, explain=explain)
 
     def plan(
         self, profile: Profile, layout: Layout, ids: Mapping[str, object], *, explain: bool = False

@@ -183,7 +183,7 @@ class Zygote:
             )
 
     def _refusals(self, fate: _ForkFate) -> Refusals:
-        program = seccomp.compile_filter(Tier.FULL, self.place.profile.syscalls)
+        program = seccomp.filter_of(Tier.FULL, self.place.profile)
         return Refusals(fate.listener(), program)
 
     def _join(self, mine: ExitStack) -> cgroup.Cgroup | None:

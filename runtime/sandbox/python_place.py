@@ -117,7 +117,7 @@ def walls(place: Place, granted: Profile, *, in_cgroup: bool) -> dict[str, objec
         "kept": kept,
         "rlimits": [(bound["name"], bound["value"]) for bound in rlimits],
         "filter": base64.b64encode(
-            seccomp.compile_filter(Tier.FULL, place.profile.syscalls, explain=place.explain)
+            seccomp.filter_of(Tier.FULL, place.profile, explain=place.explain)
         ).decode(),
         "listen": python_nest.listening_call() if place.explain else 0,
     }

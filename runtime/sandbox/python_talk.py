@@ -131,7 +131,7 @@ class Talk:
         self._left = limits.output_bytes
         self._reply_bytes_max = limits.output_bytes + _ENVELOPE_BYTES
         self._streams: dict[int, str] = {hand.stdout: "stdout", hand.stderr: "stderr"}
-        self._output: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self._output = {"stdout": bytearray(), "stderr": bytearray()}
         self._cut = self._printed = False
         self._unsent = memoryview(b"")
         self._reply = bytearray()
@@ -167,6 +167,8 @@ class Talk:
         self._poll.register(self._hand.channel, select.POLLIN | select.POLLOUT)
         with closing(self._hand.watch()) as watch:
             end = self._until_gone(watch)
+            if self._limit == "depth":
+                watch.flatten()
         # Every writer is dead now: what is left in the pipes is all there will be.
         for fd in self._streams:
             while self._listen(fd):
@@ -177,8 +179,8 @@ class Talk:
             end=end,
             wall_us=int((time.monotonic() - begun) * 1_000_000),
             answer=self._answer if self._limit is None else None,
-            stdout=b"".join(self._output["stdout"]),
-            stderr=b"".join(self._output["stderr"]),
+            stdout=bytes(self._output["stdout"]),
+            stderr=bytes(self._output["stderr"]),
             cut=self._cut,
             limit="wall" if end.wall_limit else self._limit,
         )
@@ -268,9 +270,8 @@ class Talk:
 
     def _whole(self) -> bytes | None:
         """Return the answer once all of it is here."""
-        body = bytes(self._reply[_HEADER_BYTES:])
-        complete = len(self._reply) >= _HEADER_BYTES and len(body) >= self._length()
-        return body[: self._length()] if complete else None
+        end = _HEADER_BYTES + self._length()
+        return bytes(self._reply[_HEADER_BYTES:end]) if len(self._reply) >= end else None
 
     def _listen(self, fd: int) -> bytes | None:
         """Keep a part of what a stream prints, within the bound; the rest is dropped."""
@@ -282,7 +283,7 @@ class Talk:
             self._left -= len(kept)
             if kept:
                 name = self._streams[fd]
-                self._output[name].append(kept)
+                self._output[name] += kept
                 if self._sink:
                     self._sink(name, kept)
         return data

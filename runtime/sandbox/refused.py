@@ -225,6 +225,8 @@ def remedy(name: str, profile: str) -> str:
         return f"{_line(name, profile)}; other values of it cannot be allowed"
     if name == "memfd_create":
         return f"{_line(name, profile)}, or make it with MFD_NOEXEC_SEAL"
+    if name == "fallocate":
+        return "cannot be allowed where the disk limit is only looked at: it would outrun that"
     if name in needs_namespaces():
         return "cannot be allowed in tier landlock: nothing there keeps it to this sandbox"
     if name in judged_by_arguments() and name not in NEVER:

@@ -161,13 +161,16 @@ class Running:
         return self.changes
 
     def close(self) -> None:
-        """End the sandbox if it still lives and wait until its processes are gone."""
+        """End the sandbox if it still lives and wait until its processes are gone.
+
+        Raises SandboxFailed with step "close" where nobody can say that they are.
+        """
         if self._closed:
             return
         self._closed = True
         ended = self.ended
         try:
-            ended = ended or self.channel.drain(GRACE_SECONDS)
+            ended = ended or self.channel.drain(GRACE_SECONDS) or self._kill()
             if ended and self.keeps:
                 self.keep()
         finally:
@@ -178,7 +181,18 @@ class Running:
             self.pool.give_back(self.waiting)
             self.scratches.remove(self.waiting.scratch)
         if not ended:
-            raise SandboxFailed("The sandbox did not end when it was told to.", step="close")
+            raise SandboxFailed(
+                "The sandbox did not end when it was told to.",
+                step="close",
+                hint="Processes of the call may still be running; end them by hand.",
+            )
+
+    def _kill(self) -> bool:
+        """End a sandbox whose init does not listen any more; False where some of it may be left."""
+        self.pool.failed = True  # its others may have met the same
+        killed = self.waiting.kill(GRACE_SECONDS)
+        # Without a pid namespace the template ends what the init leaves, and nobody tells when.
+        return killed and self.confinement.tier is Tier.FULL
 
     def _opened(self) -> Cgroup:
         if self._cgroup is None:

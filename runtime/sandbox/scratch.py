@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from safeconduct.errors import SandboxFailed
 
 _PREFIX = "safeconduct-scratch-"
+_BASE_MODE = 0o711  # entered, never listed
 _HANDLE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -38,6 +39,9 @@ class Scratches:
             if self._base is None:
                 _remove_abandoned(tempfile.gettempdir())
                 self._base, self._held = _make_base()
+            # Landlock does not cover chmod(2): a program could close the way to the next folders.
+            elif self._held is not None and os.fstat(self._held).st_mode & 0o7777 != _BASE_MODE:
+                os.fchmod(self._held, _BASE_MODE)
             return self._base
 
     def path(self, name: str | None) -> str:
@@ -82,7 +86,7 @@ def _make_base() -> tuple[str, int]:
     while True:
         base = os.path.realpath(tempfile.mkdtemp(prefix=_PREFIX))
         # Sandboxes of root have other users, and have to get to their own folder.
-        os.chmod(base, 0o711)  # noqa: S103 - meant: entered, never listed
+        os.chmod(base, _BASE_MODE)
         held = os.open(base, _FOLDER)
         fcntl.flock(held, fcntl.LOCK_SH)
         if os.path.isdir(base):

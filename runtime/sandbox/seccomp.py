@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import pyseccomp as libseccomp
 
-from safeconduct.call import Tier
+from safeconduct.call import Profile, Tier, WorkspaceMode
 from safeconduct.errors import SandboxUnavailable
 from safeconduct.syscalls import why_never
 
@@ -33,7 +33,7 @@ _FILES = """
     dup dup2 dup3 flock fsync fdatasync sync_file_range truncate ftruncate getdents
     getdents64 getcwd chdir fchdir rename renameat mkdir mkdirat rmdir link linkat
     unlink unlinkat symlink symlinkat readlink readlinkat chown fchown lchown fchownat umask utime
-    utimes futimesat utimensat statfs fstatfs copy_file_range sendfile splice tee fallocate
+    utimes futimesat utimensat statfs fstatfs copy_file_range sendfile splice tee
     fadvise64 readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr eventfd
     eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime epoll_create
     epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 close_range
@@ -54,13 +54,13 @@ _PROCESSES = """
     sched_get_priority_min sched_rr_get_interval getpriority getrlimit setrlimit getrusage sysinfo
     uname getcpu getrandom
 """
-# Calls that change a process named by pid, and which argument names it. Landlock does not hook
-# them, so where there is no pid namespace only "myself" (0) may be named.
-_OTHERS = (
-    ("prlimit64", 0), ("sched_setaffinity", 0), ("sched_setparam", 0), ("sched_setscheduler", 0),
-)  # fmt: skip
-# setpriority(2) PRIO_PROCESS; PRIO_USER would reach every process of the user.
-_PRIO_PROCESS = 0
+# Calls that change a process, which their first argument names by pid. Landlock does not hook them,
+# so where there is no pid namespace only "myself" (0) may be named; in one, all but its first
+# process: our init, which is of the program's uid and could be left unable to watch or to run.
+_OTHERS = ("prlimit64", "sched_setaffinity", "sched_setparam", "sched_setscheduler")
+_INIT = 1
+# setpriority(2); PRIO_USER would reach every process of the user, the init among them.
+_PRIO_PROCESS, _PRIO_USER = 0, 2
 _TIME = """
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getitimer
     setitimer alarm timer_create timer_settime timer_gettime timer_getoverrun timer_delete
@@ -115,14 +115,27 @@ _ADDR_NO_RANDOMIZE, _PR_SET_PTRACER = 0x0004_0000, 0x5961_6D61
 _FILTERS = 128
 
 
-def compile_filter(tier: Tier, syscalls: Collection[str] = (), *, explain: bool = False) -> bytes:
+def compile_filter(
+    tier: Tier,
+    syscalls: Collection[str] = (),
+    *,
+    explain: bool = False,
+    polled: bool = False,
+) -> bytes:
     """Compile the filter of a tier to classic BPF, ``struct sock_filter[]`` in native order.
 
     ``syscalls`` are the calls a profile adds. With ``explain`` every refusal first asks the
     holder of the filter's listener, who must answer with ``refusal_errno`` (``refused.py``).
+    ``polled`` is for programs whose disk limit is only looked at from time to time.
     Raises SandboxUnavailable where libseccomp is missing or refuses, or a call cannot be added.
     """
-    return _compile(tier, tuple(sorted(set(syscalls))), explain)
+    return _compile(tier, tuple(sorted(set(syscalls))), explain, polled)
+
+
+def filter_of(tier: Tier, profile: Profile, *, explain: bool = False) -> bytes:
+    """Compile the filter of a profile. Raises as ``compile_filter``."""
+    direct = profile.workspace is WorkspaceMode.DIRECT
+    return compile_filter(tier, profile.syscalls, explain=explain, polled=direct)
 
 
 def digest(tier: Tier, syscalls: Collection[str] = ()) -> str:
@@ -138,7 +151,8 @@ def refusal_errno(action: int) -> int | None:
 @cache
 def judged_by_arguments() -> frozenset[str]:
     """Return the system calls of which some are allowed, by their arguments."""
-    return frozenset(name for _, name, arguments in _rules(Tier.LANDLOCK, ()) if arguments)
+    rules = _rules(Tier.LANDLOCK, (), polled=True)
+    return frozenset(name for _, name, arguments in rules if arguments)
 
 
 def needs_namespaces() -> frozenset[str]:
@@ -147,7 +161,7 @@ def needs_namespaces() -> frozenset[str]:
 
 
 @lru_cache(maxsize=_FILTERS)
-def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool) -> bytes:
+def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool, polled: bool) -> bytes:
     for name in syscalls:
         if reason := why_never(name):
             raise SandboxUnavailable(
@@ -156,8 +170,8 @@ def _compile(tier: Tier, syscalls: tuple[str, ...], explain: bool) -> bytes:
                 hint="Take it out of the profile's syscalls.",
             )
     if explain:
-        return asking(_compile(tier, syscalls, explain=False))
-    return bpf.shorten(export(tier, syscalls))
+        return asking(_compile(tier, syscalls, explain=False, polled=polled))
+    return bpf.shorten(export(tier, syscalls, polled=polled))
 
 
 def asking(program: bytes) -> bytes:
@@ -175,13 +189,15 @@ def asking(program: bytes) -> bytes:
     )
 
 
-def export(tier: Tier, syscalls: tuple[str, ...], more: Iterable[Rule] = ()) -> bytes:
+def export(
+    tier: Tier, syscalls: tuple[str, ...], more: Iterable[Rule] = (), *, polled: bool = False
+) -> bytes:
     """Compile the rules of a tier, and ``more``. Raises SandboxUnavailable without libseccomp."""
     try:
         program = libseccomp.SyscallFilter(defaction=libseccomp.ERRNO(errno.ENOSYS))
         program.set_attr(libseccomp.Attr.ACT_BADARCH, libseccomp.KILL_PROCESS)
         program.set_attr(libseccomp.Attr.CTL_OPTIMIZE, 2)
-        for action, name, arguments in chain(_rules(tier, syscalls), more):
+        for action, name, arguments in chain(_rules(tier, syscalls, polled=polled), more):
             if libseccomp.resolve_syscall(libseccomp.system_arch(), name) >= 0:
                 program.add_rule(action, name, *arguments)
         with TemporaryFile() as file:
@@ -199,15 +215,12 @@ def export(tier: Tier, syscalls: tuple[str, ...], more: Iterable[Rule] = ()) -> 
 Rule: TypeAlias = tuple[int, str, tuple[libseccomp.Arg, ...]]
 
 
-def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[Rule]:
+def _rules(tier: Tier, syscalls: tuple[str, ...], *, polled: bool) -> Iterator[Rule]:
     allow = libseccomp.ALLOW
     plain = _FILES + _MEMORY + _PROCESSES + _TIME + _MESSAGES
     for name in (plain + (_NAMESPACED if tier is Tier.FULL else "")).split():
         yield allow, name, ()
-    for name, position in _OTHERS:
-        yield allow, name, () if tier is Tier.FULL else (_equal(position, 0),)
-    myself = (_equal(0, _PRIO_PROCESS), _equal(1, 0))
-    yield allow, "setpriority", () if tier is Tier.FULL else myself
+    yield from _all_but_init() if tier is Tier.FULL else _myself()
     yield from _files_without_set_id()
     for bits, action in ((0, allow), (_RENAME_WHITEOUT, libseccomp.ERRNO(errno.EINVAL))):
         flags = libseccomp.Arg(4, libseccomp.MASKED_EQ, _RENAME_WHITEOUT, bits)
@@ -216,11 +229,34 @@ def _rules(tier: Tier, syscalls: tuple[str, ...]) -> Iterator[Rule]:
     seal = libseccomp.Arg(1, libseccomp.MASKED_EQ, _MFD_NOEXEC_SEAL, _MFD_NOEXEC_SEAL)
     yield allow, "memfd_create", (seal,)
     yield from _choices()
+    # It takes gigabytes of a disk in the time of one look at the limit. Who is told that a file
+    # system does not know it writes instead, as posix_fallocate(3) does.
+    watched = polled or tier is Tier.LANDLOCK
+    yield libseccomp.ERRNO(errno.EOPNOTSUPP) if watched else allow, "fallocate", ()
     yield libseccomp.ERRNO(errno.EAFNOSUPPORT), "socket", ()
     for name in _SET_XATTR.split():
         yield libseccomp.ERRNO(errno.EOPNOTSUPP), name, ()
     for name in syscalls:
         yield from _ADDED.get(name, ((allow, name, ()),))
+
+
+def _myself() -> Iterator[Rule]:
+    for name in _OTHERS:
+        yield libseccomp.ALLOW, name, (_equal(0, 0),)
+    yield libseccomp.ALLOW, "setpriority", (_equal(0, _PRIO_PROCESS), _equal(1, 0))
+
+
+def _all_but_init() -> Iterator[Rule]:
+    refused = libseccomp.ERRNO(errno.EPERM)
+    for name in _OTHERS:
+        yield refused, name, (_equal(0, _INIT),)
+    yield refused, "setpriority", (_equal(0, _PRIO_PROCESS), _equal(1, _INIT))
+    yield refused, "setpriority", (_equal(0, _PRIO_USER),)
+    # A rule without a condition would replace those with one. This condition always holds; being on
+    # the first argument, libseccomp has it looked at last, for it begins with later arguments.
+    always = libseccomp.Arg(0, libseccomp.GE, 0)
+    for name in (*_OTHERS, "setpriority"):
+        yield libseccomp.ALLOW, name, (always,)
 
 
 def _choices() -> Iterator[Rule]:

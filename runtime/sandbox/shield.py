@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,10 @@ from safeconduct.call import Profile, WorkspaceMode
 from safeconduct.errors import SandboxFailed
 from safeconduct.mounts import Mounts, is_within
 
-from . import places
+from . import folders, places
+from .hidden import find_hidden
 from .witness import Witness
 
-# LIMIT: entries looked at to find what a profile hides; more refuses the call.
-_ENTRIES_MAX = 200_000
 # LIMIT: profiles whose Shields are remembered.
 _PROFILES_MAX = 64
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -131,27 +131,30 @@ class Shields:
     def _raise(self, profile: Profile, hides: Callable[[str], bool]) -> _Raised:
         self._refuse_absent_grants(profile)
         names = [name for name in self._protected if self._exposed(profile, name)]
-        kept = [path for path in self._frozen if self._freeze(profile, path)]
+        kept = [path for path in self._frozen if _writable(profile, path)]
         absent = [path for path in self._absent if _granted(profile, path)]
         witness = Witness()
-        for path in (*kept, *absent, *(self._path(name) for name in names)):
-            for root in (self._workspace, *profile.read, *profile.write):
-                if is_within(path, root):
-                    witness.add(root)
-                    for folder in folders_between(root, path):
-                        witness.add(folder)
+        guarded = (*kept, *absent, *(self._path(name) for name in names))
+        for folder, root in sorted(
+            _above((self._workspace, *profile.read, *profile.write), guarded).items()
+        ):
+            folders.open_way(root, folder)
+            witness.add(folder)
+        for path in kept:
+            for root in _writable(profile, path):
+                self._refuse_links(path, root)
         # Through an overlay no name reaches the workspace: what is missing needs no place held, and
         # what appears there is not this call's (overlay/names.py says what is never copied out).
         direct = profile.workspace is WorkspaceMode.DIRECT
         for name in names:
             self._refuse_links(self._path(name), self._workspace)
             kept.append(self._path(self._hold_place(name) if direct else name))
-        kept = [path for path in dict.fromkeys(kept) if os.path.lexists(path)]
-        free = [name for name in names if direct and not os.path.lexists(self._path(name))]
-        hidden = absent
+        kept = [path for path in dict.fromkeys(kept) if places.look(path)]
+        free = [name for name in names if direct and not places.look(self._path(name))]
+        hidden = [path for path in absent if places.look(path)]
         if profile.hide:
-            hidden += _find_hidden(profile, hides, witness)
-        hidden = _outermost(path for path in hidden if os.path.lexists(path))
+            hidden += find_hidden(profile, hides, witness)
+        hidden = _outermost(hidden)
         kept = _outermost(kept)
         held = [*kept, *hidden, *(self._path(name) for name in free)]
         # What lies in a protected folder cannot be renamed anyway.
@@ -173,13 +176,6 @@ class Shields:
                     code="sandbox.absent_granted",
                 )
 
-    def _freeze(self, profile: Profile, path: str) -> bool:
-        """Tell whether a frozen file lies where the profile may write; refuse links there."""
-        roots = [root for root in profile.write if is_within(path, root)]
-        for root in roots:
-            self._refuse_links(path, root)
-        return bool(roots)
-
     def _exposed(self, profile: Profile, name: str) -> bool:
         path = self._path(name)
         return any(is_within(path, root) or is_within(root, path) for root in profile.write)
@@ -189,7 +185,8 @@ class Shields:
 
     def _refuse_links(self, path: str, root: str) -> None:
         for part in (*folders_between(root, path), path):
-            if os.path.islink(part):
+            found = places.look(part)
+            if found is not None and stat.S_ISLNK(found.st_mode):
                 raise SandboxFailed(
                     f"{part} is a symbolic link, so it cannot be protected from the tool.",
                     step="shield",
@@ -204,24 +201,49 @@ class Shields:
         for count in range(1, len(parts) + 1):
             held = "/".join(parts[:count])
             is_folder = count < len(parts) or name.endswith("/")
-            if not os.path.lexists(self._path(held)) and is_folder:
+            found = places.look(self._path(held))
+            if found is None and is_folder:
                 if places.hold(self._workspace_fd, held):
                     self._made.add(held)
                 return held
             # A file where a folder belongs (`.git` of a worktree) is itself what to protect.
             ours = held in self._made or places.is_held(self._workspace_fd, held)
-            if ours or os.path.isfile(self._path(held)):
+            if ours or (found is not None and not stat.S_ISDIR(found.st_mode)):
                 return held
         return name.rstrip("/")
 
     def _set_aside(self, names: Sequence[str]) -> None:
-        found = [name for name in names if places.set_aside(self._workspace_fd, name)]
+        found, failed = list[str](), list[SandboxFailed]()
+        for name in names:
+            try:
+                if places.set_aside(self._workspace_fd, name):
+                    found.append(name)
+            except SandboxFailed as error:
+                failed.append(error)  # one that resists saves none of the others
+        if failed:
+            raise failed[0]
         if found:
             raise SandboxFailed(
                 f"{', '.join(found)} appeared during the call; no tool may write that. Set aside.",
                 step="shield",
                 code="sandbox.protected_made",
             )
+
+
+def _writable(profile: Profile, path: str) -> list[str]:
+    """Return the folders that the profile may write and that hold ``path``."""
+    return [root for root in profile.write if is_within(path, root)]
+
+
+def _above(roots: Iterable[str], paths: Sequence[str]) -> dict[str, str]:
+    """Name every folder above ``paths``, each with the outermost of the roots it is reached by."""
+    return {
+        folder: root
+        for root in sorted(roots, key=len, reverse=True)
+        for path in paths
+        if is_within(path, root)
+        for folder in (root, *folders_between(root, path))
+    }
 
 
 def _anchors(profile: Profile, held: Sequence[str]) -> tuple[str, ...]:
@@ -232,7 +254,7 @@ def _anchors(profile: Profile, held: Sequence[str]) -> tuple[str, ...]:
         for root in profile.write
         if is_within(path, root)
         for folder in folders_between(root, path)
-        if os.path.isdir(folder)
+        if (found := places.look(folder)) is not None and stat.S_ISDIR(found.st_mode)
     }
     return tuple(sorted(anchors))
 
@@ -276,42 +298,6 @@ def _is_last(lock: int) -> bool:
 
 def _granted(profile: Profile, path: str) -> bool:
     return any(is_within(path, root) for root in (*profile.read, *profile.write))
-
-
-def _find_hidden(profile: Profile, hides: Callable[[str], bool], witness: Witness) -> Iterator[str]:
-    waiting = sorted({*profile.read, *profile.write})
-    seen = 0
-    while waiting:
-        folder = waiting.pop()
-        if hides(folder):
-            yield folder
-            continue
-        witness.add(folder)
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    seen += 1
-                    if seen > _ENTRIES_MAX:
-                        raise _too_many()
-                    if hides(entry.path):
-                        yield entry.path
-                    elif entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            # Gone, a granted file, or what we cannot list: the sandbox has fewer rights than we.
-            continue
-        except OSError as error:
-            # Such as a path longer than the kernel takes: what cannot be searched is refused.
-            raise SandboxFailed(
-                f"{folder[:200]} cannot be searched for hidden files: {error.strerror}.",
-                step="shield",
-            ) from error
-
-
-def _too_many() -> SandboxFailed:
-    return SandboxFailed(
-        f"More than {_ENTRIES_MAX} entries to search for hidden files.", step="shield"
-    )
 
 
 def _aliases(paths: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ The queue of the socket to it is the pool of those that wait.
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,8 +35,22 @@ class Waiting:
     channel: Channel
     stdout: int
     stderr: int
+    # A pidfd of its first process.
+    init: int
 
     _closed: bool = False
+
+    def kill(self, seconds: float) -> bool:
+        """Kill its first process and wait for its end; False where it lives after ``seconds``.
+
+        Where that is the first one of a pid namespace, the kernel ends all others with it and
+        reports its end when they are gone, pid_namespaces(7).
+        """
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.init, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(self.init, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def close(self) -> None:
         """Close every descriptor, which ends the sandbox. Does not wait."""
@@ -42,8 +58,8 @@ class Waiting:
             return
         self._closed = True
         self.channel.close()
-        os.close(self.stdout)
-        os.close(self.stderr)
+        for fd in (self.stdout, self.stderr, self.init):
+            os.close(fd)
 
     def __del__(self) -> None:
         self.close()
@@ -100,14 +116,14 @@ class Template:
         if isinstance(message, Message) and message.failed is not None:
             raise failure_of(message.failed)
         born = message.sandbox if isinstance(message, Message) else None
-        if born is None or len(descriptors) != 3 or not whole:
+        if born is None or len(descriptors) != 4 or not whole:
             for fd in descriptors:
                 os.close(fd)
             raise SandboxFailed(
                 "A sandbox arrived without its descriptors: this process may open no more.",
                 step="template",
             )
-        channel, stdout, stderr = descriptors
+        channel, stdout, stderr, init = descriptors
         return Waiting(
             number=born.number,
             uid=born.uid,
@@ -116,6 +132,7 @@ class Template:
             channel=Channel(channel),
             stdout=stdout,
             stderr=stderr,
+            init=init,
         )
 
     def close(self) -> None:

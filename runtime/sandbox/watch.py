@@ -6,23 +6,21 @@ calls for it.
 
 Growth is noticed by statvfs(2), which costs the same however large the folders are. It counts for
 everybody on that file system, so it ends no call by itself: a walk must find as much that changed
-since the call began. The walk follows no link, stays on its file system, and goes on for a few
-milliseconds at each look.
+since the call began. The walk (growth.py) goes on for a few milliseconds at each look.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from safeconduct.call import Limits
 
 from . import deep
 from .cgroup import Charge
+from .growth import Grown, Walk
 
 # (until so many seconds of the call, look every so many seconds)
 _INFINITE = float("inf")
@@ -30,7 +28,7 @@ _INTERVALS = ((0.3, 0.01), (1.0, 0.05), (10.0, 0.1), (_INFINITE, 0.25))
 # LIMIT: a walk goes on so long at each look where nothing is suspected yet, and so long where the
 # file system says that a limit was passed: what made it may be removing it again. It sees so many
 # entries between looks at the clock.
-_SLICE_SECONDS, _SOUGHT_SECONDS, _SLICE_ENTRIES = 0.005, 0.05, 128
+_SLICE_SECONDS, _SOUGHT_SECONDS = 0.005, 0.05
 _SOUGHT_REST_SECONDS = 0.02
 # LIMIT: a walk that nothing calls for takes a fiftieth of the time, and comes after two seconds.
 _WALK_SECONDS, _WALK_REST = 2.0, 50
@@ -42,29 +40,8 @@ _IDLE_CPU_SHARE = 0.01
 _LONG_CPU_US = 100_000
 # Times of files come from a clock that may be one tick behind, CONFIG_HZ=100.
 _CLOCK_TICK_NS = 20_000_000
-_BLOCK_BYTES = 512
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-@dataclass(slots=True)
-class _Grown:
-    """What a walk has found to be new or changed since the call began, up to the limits it seeks.
-
-    A limit that the file system itself does not confirm is not sought: what changed may have been
-    large before.
-    """
-
-    bytes_max: float = _INFINITE
-    inodes_max: float = _INFINITE
-    used_bytes: int = 0
-    inodes: int = 0
-    exceeded: str | None = None
-    links: set[int] = field(default_factory=set[int])
-
-    @property
-    def sought(self) -> bool:
-        """Tell whether the file system says that a limit was passed by somebody."""
-        return self.bytes_max < _INFINITE or self.inodes_max < _INFINITE
+# A folder's name may lead elsewhere, or nowhere, as soon as a program closes one above it.
+_ROOT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Watch:
@@ -92,9 +69,14 @@ class Watch:
         self._begun_ns = time.time_ns() - _CLOCK_TICK_NS
         self._quiet_cpu_us = 0
         self._age = 0.0
-        self._before = [(root, found) for root in roots if (found := _used(root)) is not None]
+        # What could not be looked at when the call began; the call must not go on.
+        self._unseen = False
+        self._handles: dict[str, int] = {}
+        for root in roots:
+            self._hold(root)
+        self._before = [(handle, _used(handle)) for handle in self._handles.values()]
         self._walk: Generator[None] | None = None
-        self._grown = _Grown()
+        self._grown = Grown()
         # How much had been added when the last walk began: the next one waits for more.
         self._walked_bytes = self._walked_inodes = 0
         self._walk_seconds, self._walk_at = 0.0, self._begun + _WALK_SECONDS
@@ -110,18 +92,33 @@ class Watch:
         """Name the limit that the call exceeds, if any. ``now_seconds`` is time.monotonic()."""
         self._age = now_seconds - self._begun
         exceeded = self._by_account(now_seconds, output_seen) if self._charge else None
+        if exceeded is None and self._unseen:
+            return "disk"
         return exceeded or (self._by_growth(now_seconds) if self._before else None)
 
     def flatten(self) -> None:
         """Bring what the call, which is over, nested too deep to where it can be removed."""
-        for root, _ in self._before:
-            with suppress(OSError):  # gone, or no descriptors left: then it stays deep
-                deep.flatten(root, self._limits.depth, self._begun_ns)
+        for handle in self._handles.values():
+            with suppress(OSError):  # no folder, or no descriptors left: then it stays deep
+                deep.flatten(handle, self._limits.depth, self._begun_ns)
 
     def close(self) -> None:
-        """Give back what an unfinished walk holds open."""
+        """Give back what is held open."""
         if self._walk is not None:
             self._walk.close()
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+        self._before = []
+
+    def _hold(self, root: str) -> None:
+        if root in self._handles:
+            return
+        try:
+            self._handles[root] = os.open(root, _ROOT)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # gone, and so nothing can be added to it
+        except OSError:
+            self._unseen = True
 
     def _by_account(self, now_seconds: float, output_seen: bool) -> str | None:
         charge = self._charge() if self._charge else Charge()
@@ -151,8 +148,8 @@ class Watch:
             if not self._more(used_bytes, inodes) and not due:
                 return None
             self._walked_bytes, self._walked_inodes = used_bytes, inodes
-            self._grown, self._walk_seconds = _Grown(), 0.0
-            self._walk = self._walk_all(self._grown)
+            walk = Walk(self._limits, self._handles, self._begun_ns)
+            self._grown, self._walk, self._walk_seconds = walk.grown, walk.run(), 0.0
         grown, limits = self._grown, self._limits
         if used_bytes > limits.disk_bytes:
             grown.bytes_max = limits.disk_bytes
@@ -179,7 +176,7 @@ class Watch:
         more_inodes = inodes - self._walked_inodes >= min(limits.depth, limits.inodes)
         return more_inodes or (used_bytes > limits.disk_bytes and more_bytes)
 
-    def _judge(self, grown: _Grown) -> str | None:
+    def _judge(self, grown: Grown) -> str | None:
         # Files without a name are in no folder: then it counts what the tree has written.
         if grown.exceeded is None and self._written() > grown.bytes_max:
             return "disk"
@@ -188,11 +185,10 @@ class Watch:
     def _added(self) -> tuple[int, int]:
         """Return by how many bytes and inodes the fullest-grown file system grew."""
         used_bytes = inodes = 0
-        for root, (bytes_before, inodes_before) in self._before:
-            now = _used(root)
-            if now is not None:
-                used_bytes = max(used_bytes, now[0] - bytes_before)
-                inodes = max(inodes, now[1] - inodes_before)
+        for handle, (bytes_before, inodes_before) in self._before:
+            bytes_now, inodes_now = _used(handle)
+            used_bytes = max(used_bytes, bytes_now - bytes_before)
+            inodes = max(inodes, inodes_now - inodes_before)
         return used_bytes, inodes
 
     def _written(self) -> int:
@@ -206,84 +202,8 @@ class Watch:
                 total += int(values[b"write_bytes"]) - int(values[b"cancelled_write_bytes"])
         return total
 
-    def _walk_all(self, grown: _Grown) -> Generator[None]:
-        roots = [root for root, _ in self._before]
-        for root in roots:
-            if not any(root != other and _inside(root, other) for other in roots):
-                # A folder that went away, or no descriptors left: the next walk tries again.
-                with suppress(OSError):
-                    yield from self._walk_one(root, grown)
-            if grown.exceeded:
-                return
 
-    def _walk_one(self, root: str, grown: _Grown) -> Generator[None]:
-        """Add up what changed below ``root``, one open folder for each level of depth."""
-        opened: list[tuple[int, list[str]]] = []
-        top = os.stat(root, follow_symlinks=False)
-        if not stat.S_ISDIR(top.st_mode):
-            self._count(top, grown)
-            return
-        try:
-            opened.append((os.open(root, _FOLDER), []))
-            yield from self._list(opened[-1], top.st_dev, len(opened), grown)
-            while opened and grown.exceeded is None:
-                folder, names = opened[-1]
-                if not names:
-                    os.close(opened.pop()[0])
-                    continue
-                with suppress(OSError):  # it may have been moved or replaced since
-                    opened.append((os.open(names.pop(), _FOLDER, dir_fd=folder), []))
-                    yield from self._list(opened[-1], top.st_dev, len(opened), grown)
-        finally:
-            for folder, _ in opened:
-                os.close(folder)
-
-    def _list(
-        self, opened: tuple[int, list[str]], device: int, depth: int, grown: _Grown
-    ) -> Generator[None]:
-        """Count the entries of one folder and note its subfolders."""
-        folder, names = opened
-        with os.scandir(folder) as entries:
-            for number, entry in enumerate(entries):
-                if number % _SLICE_ENTRIES == 0:
-                    yield
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                changed = self._count(status, grown)
-                if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
-                    if depth < self._limits.depth:
-                        names.append(entry.name)
-                    elif changed:
-                        grown.exceeded = "depth"
-                if grown.exceeded:
-                    return
-
-    def _count(self, status: os.stat_result, grown: _Grown) -> bool:
-        if status.st_ctime_ns < self._begun_ns:
-            return False
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-            if status.st_ino in grown.links:
-                return True
-            grown.links.add(status.st_ino)
-        grown.inodes += 1
-        grown.used_bytes += status.st_blocks * _BLOCK_BYTES
-        if grown.used_bytes > grown.bytes_max:
-            grown.exceeded = "disk"
-        elif grown.inodes > grown.inodes_max:
-            grown.exceeded = "inodes"
-        return True
-
-
-def _used(root: str) -> tuple[int, int] | None:
-    """Return the used bytes and inodes of the file system of ``root``; None where it is gone."""
-    try:
-        found = os.statvfs(root)
-    except OSError:
-        return None
+def _used(root: int) -> tuple[int, int]:
+    """Return the used bytes and inodes of the file system that an open path lies on."""
+    found = os.fstatvfs(root)
     return (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
-
-
-def _inside(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip("/") + "/")

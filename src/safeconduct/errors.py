@@ -118,7 +118,10 @@ class LimitExceeded(Error):
 
 
 class SandboxFailed(Error):
-    """The sandbox broke while it was made or used. Nothing of the Call is left running."""
+    """The sandbox broke while it was made or used. Nothing of the Call is left running.
+
+    Only where ``step`` is "close" some of it may be: it did not end, and the hint says so.
+    """
 
     default_code = "sandbox.failed"
 

@@ -155,7 +155,7 @@ def test_a_bundle_of_long_lines_costs_no_memory(tmp_path: Path) -> None:
     first = chain([entry("session.open", "s1", {"caller": "local", "origin": "sdk"})])[0]
     hostile = tmp_path / "bundle"
     with hostile.open("wb") as out:
-        out.write(FIRST_LINE.encode().rstrip(b"\n") + b"\nsession s1\n0 " + first + b"\n\n")
+        out.write(FIRST_LINE.encode().rstrip(b"\n") + b"\nsession s1\n1 " + first + b"\n\n")
         for _ in range(500):
             out.write(b"A" * 65_000 + b"\n")
         out.write(b"\nx\n\n\xe2\x80\x94 a AAAAAAAA\n")

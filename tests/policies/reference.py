@@ -235,11 +235,12 @@ def matches(matching: Matching, value: Value, *, sure: bool) -> bool:
         return spelled(value) in listed
     if form == "range":
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and listed[0] <= value <= listed[1]
+        within = number and listed[0] <= value <= listed[1]
+        return within and (not sure or value == int(value))
     if form == "json":
         return shaped(listed, value, sure=sure)
     if form == "argv":
-        return worded(listed, value)
+        return worded(listed, value, sure=sure)
     if not isinstance(value, str):
         return False
     if form == "text":
@@ -316,7 +317,7 @@ LISTED = {
 }
 
 
-def worded(elements: list[Any], words: Value) -> bool:
+def worded(elements: list[Any], words: Value, *, sure: bool) -> bool:
     """`...` at the end is the rest; a text is itself, a matcher is asked."""
     if not isinstance(words, list):
         return False
@@ -325,18 +326,18 @@ def worded(elements: list[Any], words: Value) -> bool:
     if len(words) < len(wanted) or (len(words) > len(wanted) and not rest):
         return False
     return all(
-        word == element if isinstance(element, str) else word_fits(element, word)
+        word == element if isinstance(element, str) else word_fits(element, word, sure=sure)
         for element, word in zip(wanted, words, strict=False)
     )
 
 
-def word_fits(element: Matching, word: str) -> bool:
-    """A word is a text; where a number is asked for, it is the one spelling of it."""
+def word_fits(element: Matching, word: str, *, sure: bool) -> bool:
+    """A word is a text; where a number is asked for, it is the one spelling, or has a digit."""
     if element.form != "range":
         return matches(element, word, sure=True)
-    return re.fullmatch("0|-?[1-9][0-9]*", word) is not None and matches(
-        element, int(word), sure=True
-    )
+    if re.fullmatch("0|-?[1-9][0-9]*", word) is None:
+        return not sure and any(sign.isnumeric() for sign in word)
+    return matches(element, int(word), sure=True)
 
 
 TYPES: Mapping[str, Any] = {

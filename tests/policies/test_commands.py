@@ -195,7 +195,15 @@ JUDGES_INPUT = """\
     - {allow: {argv: [b], stdin: [yes]}}
     - {allow: {argv: [c]}}
     - {deny: {argv: [c], stdin: [evil]}}
-  fs.write: [{allow: {path: ["$WS/src/**"]}}, {deny: {path: ["$WS/src/x"], content: [evil]}}]
+    - {allow: {argv: [d]}}
+    - {deny: {argv: [d]}, when: 'default(call.stdin, "") != ""'}
+    - {allow: {argv: [e]}, when: 'default(call.stdin, "") == ""'}
+    - {allow: {argv: [f]}}
+    - {ask: {argv: [f]}, when: 'default(call.stdin, "") != ""'}
+  fs.write:
+    - {allow: {path: ["$WS/src/**"]}}
+    - {deny: {path: ["$WS/src/x"], content: [evil]}}
+    - {deny: {path: ["$WS/src/z"]}, when: 'len(default(call.content, "")) > 3'}
   fs.read: {allow: {path: ["$WS/src/**"]}}
 """
 
@@ -217,6 +225,15 @@ JUDGES_INPUT = """\
         ("c < /dev/null", None, "shell.unjudged"),
         ("a evil > src/x", None, "shell.unjudged"),
         ("a evil > src/y", None, "policy.allow"),
+        ("d", None, "policy.allow"),
+        ("d", "x", "policy.deny"),
+        ("a evil | d", None, "shell.unjudged"),
+        ("a; d", None, "policy.allow"),
+        ("e", None, "policy.allow"),
+        ("e", "x", "policy.no_rule"),
+        ("a evil | e", None, "policy.no_rule"),
+        ("a evil | f", None, "shell.unjudged"),
+        ("a evil > src/z", None, "shell.unjudged"),
     ],
 )
 def test_what_is_not_known_yet_grants_nothing_and_restricts(
@@ -250,6 +267,8 @@ def test_bounds_are_counted_for_every_command(workspace: Path) -> None:
     policy, one = parsed(workspace, TOOLS), document(workspace, command="echo a; echo b | cat")
     calls = Bound(id="r", unit=Unit.CALLS, most=9, per=Per.SESSION, reserve=1)
     size = Bound(id="r", unit=Unit.BYTES, most=99, per=Per.DAY, reserve=50)
+    money = Bound(id="r", unit=Unit.MONEY, most=99, per=Per.DAY, reserve=5)
+    tokens = Bound(id="r", unit=Unit.TOKENS, most=9000, per=Per.SESSION, reserve=1000)
     each = Bound(id="r", unit=Unit.CALLS, most=1, per=Per.CALL, reserve=1)
     profile = policy.profiles["base"]
 
@@ -260,11 +279,11 @@ def test_bounds_are_counted_for_every_command(workspace: Path) -> None:
             code="policy.allow",
             reason="",
             profile=profile,
-            obligations=(calls, size, each),
+            obligations=(calls, size, money, tokens, each),
         )
 
     found = judge_commands(policy, one, decide_one).obligations
-    assert [bound.reserve for bound in found] == [3, 50, 1]
+    assert [bound.reserve for bound in found] == [3, 50, 15, 3000, 1]
 
 
 def test_explain_shows_every_command(workspace: Path) -> None:

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from safeconduct.call import Bound, Decision, Document, Effect, Facts, Limits, Per, Profile, Unit
+from safeconduct.call import (
+    Bound,
+    Decision,
+    Document,
+    Effect,
+    Facts,
+    Json,
+    Limits,
+    Per,
+    Profile,
+    Unit,
+)
 from safeconduct.errors import Denied, PolicyError
 from safeconduct.policies import Judged, NarrowedPolicy, both, decide, parse_policy
 from safeconduct.policies.delegation import MAX_DEPTH, Capability, Revocations, attenuate, beyond
@@ -23,7 +34,8 @@ BUDGET = Bound(id="calls", unit=Unit.CALLS, most=5, per=Per.SESSION, reserve=1)
 
 
 def policy(tools: str) -> Judged:
-    text = f"version: 1\nprofiles: {{base: {{read: [$WS/**]}}}}\ntools: {{{tools}}}"
+    profiles = "{base: {read: [$WS/**]}, dev: {like: base, write: [$WS/**]}}"
+    text = f"version: 1\nprofiles: {profiles}\ntools: {{{tools}}}"
     return parse_policy(text.encode(), name="p", workspace=Path(WORKSPACE))
 
 
@@ -105,6 +117,34 @@ def test_tools_narrow_at_every_step() -> None:
         "capability.tool",
     ]
     assert judged(third, tool="files.read") == "policy.allow"
+
+
+def test_a_redirection_needs_the_tool_that_opens_files() -> None:
+    held = capability(
+        "shell.run: {allow: {argv: [echo, ...]}, profile: dev},"
+        " fs.write: {allow: {path: [$WS/**]}}, fs.read: {allow: {path: [$WS/**]}}"
+    )
+    programs = attenuate(held, id="a", tools=["shell.run"])
+    readers = attenuate(held, id="b", tools=["shell.*", "fs.read"])
+    for redirect, codes in {
+        ">": ["policy.allow", "capability.tool", "capability.tool"],
+        "<": ["policy.allow", "capability.tool", "policy.allow"],
+    }.items():
+        text = shell_text(["echo", "x"], redirect)
+        assert [one.decide(text, NOON).code for one in (held, programs, readers)] == codes
+    plain = shell_text(["echo", "x"], None)
+    assert programs.decide(plain, NOON).code == "policy.allow"
+
+
+def shell_text(argv: list[str], redirect: str | None) -> Document:
+    """Return shell text in its canonical form."""
+    words: list[Json] = [*argv]
+    redirects: list[Json] = []
+    if redirect is not None:
+        redirects.append({"fd": int(redirect == ">"), "operator": redirect, "target": "/ws/a"})
+    command: dict[str, Json] = {"join": "", "argv": words, "redirects": redirects}
+    arguments: dict[str, Json] = {"command": "x", "commands": [command], "cwd": WORKSPACE}
+    return Document(tool="shell.run", arguments=arguments, workspace=WORKSPACE)
 
 
 def test_it_expires_and_a_missing_clock_is_a_refusal() -> None:

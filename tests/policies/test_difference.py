@@ -172,6 +172,22 @@ NARROWER = {
         "shell.run: {allow: {argv: [ls]}, profile: dev}",
         "shell.run: {allow: {argv: [ls]}}",
     ),
+    "what is not known yet": (
+        "shell.run: [{allow: {argv: [ls, ...]}}, {ask: {argv: [ls], stdin: any}}]",
+        "shell.run: [{allow: {argv: [ls, ...]}}, {deny: {argv: [ls]}}]",
+    ),
+    "a deny for an ask by input": (
+        "shell.run: [{allow: {argv: [ls]}}, {ask: {argv: [ls], stdin: [a]}}]",
+        "shell.run: [{allow: {argv: [ls], stdin: any}}, {deny: {argv: [ls], stdin: [a, b]}}]",
+    ),
+    "content that must be named": (
+        "fs.write: {allow: {path: [$WS/**]}}",
+        "fs.write: {allow: {path: [$WS/**], content: any}}",
+    ),
+    "whole numbers": (
+        "x.y: [{allow: {n: {range: [1, 9]}}}, {ask: {n: {range: [3, 4]}}}]",
+        "x.y: [{allow: {n: {range: [1, 9]}}}, {ask: {n: {range: [2, 5]}}}]",
+    ),
     "addresses": (
         "mail.send: {allow: {to: {email: any, not: ['*@evil.test']}}}",
         "mail.send: {allow: {to: {email: ['*@a.test']}}}",
@@ -245,6 +261,29 @@ WIDER = {
         "mail.send: {allow: {to: {email: any}}}",
         "mail.send: {allow: {to: {email: any}, rest: any}}",
         "diff.allows",
+    ),
+    "content that a redirection brings": (
+        "shell.run: {allow: {argv: [ls]}, profile: dev},"
+        " fs.write: {allow: {path: [$WS/**], content: any}}",
+        "shell.run: {allow: {argv: [ls]}, profile: dev}, fs.write: {allow: {path: [$WS/**]}}",
+        "diff.allows",
+    ),
+    "an ask by content is an ask of all": (
+        "shell.run: {allow: {argv: [ls]}, profile: dev},"
+        " fs.write: [{allow: {path: [$WS/**]}}, {ask: {path: [$WS/**], content: any}}]",
+        "shell.run: {allow: {argv: [ls]}, profile: dev}, fs.write: {ask: {path: [$WS/**]}}",
+        "diff.asks",
+    ),
+    "an ask by input is an ask of all": (
+        "shell.run: [{allow: {argv: [ls, ...]}}, {ask: {argv: [ls, a], stdin: any}}]",
+        "shell.run: [{allow: {argv: [ls, ...]}}, {ask: {argv: [ls, a]}}]",
+        "diff.asks",
+    ),
+    "an ask by a condition on input is an ask of all": (
+        "shell.run: [{allow: {argv: [ls]}},"
+        ' {ask: {argv: [ls]}, when: \'default(call.stdin, "") != ""\'}]',
+        "shell.run: [{allow: {argv: [ls]}}, {ask: {argv: [ls]}}]",
+        "diff.asks",
     ),
     "one subdomain more": (
         "http.get: {allow: {url: ['https://*.a.test/**']}}",

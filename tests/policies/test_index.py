@@ -19,10 +19,10 @@ from safeconduct.policies.match import (
     Literals,
     Matcher,
     NumberRange,
-    UrlMatcher,
     path_matcher,
 )
 from safeconduct.policies.match_text import Excluding, compile_regex
+from safeconduct.policies.match_url import UrlMatcher
 from safeconduct.policies.signatures import Signature
 from safeconduct.policies.urls import compile_url
 
@@ -36,9 +36,16 @@ _PATTERNS = st.lists(_WILD, min_size=1, max_size=4).flatmap(
 _HOSTS = st.sampled_from(["a.org", "b.a.org", "c.b.a.org", "[2001:db8::1]", "10.0.0.1", "local"])
 _WILD_HOSTS = st.sampled_from(["a.org", "*.a.org", "**.a.org", "*.*.org", "10.0.0.1", "b.*.org"])
 _PORTS = st.sampled_from(["", ":8443", ":443"])
-_TAILS = st.lists(st.sampled_from(["a", "b", ""]), max_size=3).map("/".join)
-_URLS = st.builds("https://{}{}/{}{}".format, _HOSTS, _PORTS, _TAILS, st.sampled_from(["", "?a/b"]))
-_WILD_TAILS = st.lists(st.sampled_from(["a", "b", "*", "**"]), max_size=3).map("/".join)
+# What is encoded is one more spelling of it; only a query is compared as it is written.
+_TAILS = st.lists(
+    st.sampled_from(["a", "b", "", "%61", "%C3%A9", "\u00e9", "a%20b", "%2541", "%A9"]), max_size=3
+).map("/".join)
+_URLS = st.builds(
+    "https://{}{}/{}{}".format, _HOSTS, _PORTS, _TAILS, st.sampled_from(["", "?a/b", "?%61"])
+)
+_WILD_TAILS = st.lists(
+    st.sampled_from(["a", "b", "*", "**", "%61", "\u00e9", "a%20b", "%2541"]), max_size=3
+).map("/".join)
 _URL_PATTERNS = st.builds("https://{}{}/{}".format, _WILD_HOSTS, _PORTS, _WILD_TAILS)
 _ELEMENTS = st.one_of(
     _NAMES,
@@ -99,7 +106,9 @@ _FAMILIES: dict[str, tuple[st.SearchStrategy[Matcher], st.SearchStrategy[Json]]]
     ),
     "whole folders of hosts": (
         st.builds(
-            "https://a.org{}/{}**".format, _PORTS, st.sampled_from(["", "a/", "a/b/", "b/"])
+            "https://a.org{}/{}**".format,
+            _PORTS,
+            st.sampled_from(["", "a/", "a/b/", "b/", "\u00e9/", "%2541/"]),
         ).map(_url),
         st.builds("https://a.org{}/{}{}".format, _PORTS, _TAILS, st.sampled_from(["", "?a/b"])),
     ),
@@ -129,6 +138,31 @@ def test_an_index_leaves_out_no_rule_that_judges(family: str, data: st.DataObjec
     )
     for arguments in data.draw(st.lists(st.dictionaries(names, values), min_size=1, max_size=8)):
         _check(rules, arguments)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "url", "found"),
+    [
+        ("https://a.org/v1/admin/**", "https://a.org/v1/%61dmin/x", True),
+        ("https://a.org/v1/admin/**", "https://a.org/v1/adm%69n?%2f", True),
+        ("https://a.org/v1/admin/*/z", "https://a.org/v1/%61dmin/x/z", True),
+        ("https://a.org/v1/admin", "https://a.org/v1/%61dmin", True),
+        ("https://a.org/\u00e9/**", "https://a.org/%C3%A9/x", True),
+        ("https://a.org/a%20b/**", "https://a.org/a%20b/x", True),
+        ("https://a.org/a%20b/*/z", "https://a.org/%61%20b/x/z", True),
+        ("https://a.org/%2541/**", "https://a.org/%2541/x", True),
+        ("https://a.org/%2541/**", "https://a.org/%41/x", False),
+    ],
+)
+def test_a_url_is_found_in_each_of_its_spellings(pattern: str, url: str, found: bool) -> None:
+    others = [f"https://a.org/x{at}/{'*/z' if '*/z' in pattern else '**'}" for at in range(9)]
+    rules = [
+        Rule(id=one, tool="t.t", effect=Effect.DENY, matchers={"x": _url(one)})
+        for one in [pattern, *others]
+    ]
+    for value in (url, [url]):
+        kept = [rule for rule in index_rules(rules).candidates({"x": value})]
+        assert [rule.id for rule in kept if rule.restricts({"x": value})] == [pattern] * found
 
 
 def test_of_thousands_of_rules_few_are_looked_at() -> None:

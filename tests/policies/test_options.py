@@ -170,6 +170,11 @@ class TestForms:
                 {"id": 3, "x": 1},
             ),
             ("{json: {type: array, items: {enum: [a], type: string}}}", ["b", "a"]),
+            ("{range: [1, 9]}", 1.5),
+            ("{argv: [nice, {range: [-20, -1]}, ...]}", ["nice", "-05", "x"]),
+            ("{argv: [nice, {range: [-20, -1]}, ...]}", ["nice", "-0x5"]),
+            ("{argv: [nice, {range: [-20, -1]}, ...]}", ["nice", "-5 "]),
+            ("{argv: [nice, {range: [-20, -1]}, ...]}", ["nice", "\u22125"]),
         ],
     )
     def test_a_restriction_takes_whatever_may_be_meant(self, matcher: str, value: Json) -> None:
@@ -179,6 +184,12 @@ class TestForms:
         asked = effect(f"t: [{{allow: any}}, {{ask: {{a: {matcher}}}}}]", a=value)
         assert asked is Effect.ASK
         assert effect(f"t: {{ask: {{a: {matcher}}}}}", a=value) is Effect.DENY
+
+    def test_a_range_inside_argv_restricts_no_other_number_and_no_word(self) -> None:
+        text = "t: [{allow: any}, {deny: {a: {argv: [nice, {range: [-20, -1]}, ...]}}}]"
+        assert effect(text, a=["nice", "-5"]) is Effect.DENY
+        for word in ("5", "0", "-21", "make", "-n"):
+            assert effect(text, a=["nice", word]) is Effect.ALLOW
 
     def test_a_regex_inside_argv(self) -> None:
         text = "t: {allow: {a: {argv: [git, log, {regex: '-n[0-9]+'}, ...]}}}"
@@ -429,6 +440,12 @@ class TestOptional:
         with pytest.raises(PolicyError, match=words) as caught:
             parse(tools)
         assert (caught.value.line, bool(caught.value.hint)) == (2, True)
+
+    def test_a_file_has_not_too_many(self) -> None:
+        rule = "{allow: {a: [x]}, optional: {b: any, c: any, d: any, e: any}}"
+        parse(f"t: [{', '.join([rule] * 1092)}]")
+        with pytest.raises(PolicyError, match="more than 16384 rules"):
+            parse(f"t: [{', '.join([rule] * 1093)}]")
 
     def test_explain_shows_it_once(self) -> None:
         document = Document(tool="t", arguments={"p": "a", "head": 10}, workspace=str(WORKSPACE))

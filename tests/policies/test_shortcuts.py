@@ -15,7 +15,8 @@ from safeconduct.errors import Denied
 from safeconduct.policies import canonicalize, parse_policy
 from safeconduct.policies.arguments import copy_json
 from safeconduct.policies.globs import Glob, hidden_by
-from safeconduct.policies.match import Argv, UrlMatcher
+from safeconduct.policies.match import Argv
+from safeconduct.policies.match_url import UrlMatcher
 from safeconduct.policies.urls import (
     UrlRefused,
     canonical_url,

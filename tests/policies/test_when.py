@@ -21,6 +21,8 @@ ARGUMENTS: Mapping[str, Json] = {
     "tags": ["a", "b"],
     "mixed": ["a", 1],
     "order": {"id": "x1", "lines": [1, 2, 3], "deep": {"er": 1}},
+    "namesake": {"amount": 5, "Amount": 500, "deep": [1]},
+    "otherwise": {"Amount": 500, "in": {"\u212aEY": 1}},
     "dry-run": False,
     "a.b": "dotted",
     "in": "keyword",
@@ -63,6 +65,7 @@ def _answer(text: str, arguments: Mapping[str, Json] = ARGUMENTS, facts: Facts =
         ("default(call.absent, 7) == 7", True),
         ("default(call.amount, 7) == 50", True),
         ("default(call.order.absent, false) or call.flag", True),
+        ("len(call.namesake.deep) == 1 and call.otherwise.Amount == 500", True),
         ("session.role == 'coder' and session.caller == 'ann' and session.origin == 'mcp'", True),
         ("session.calls == 3 and session.denied == 1", True),
         ("time.hour == 8 and time.weekday == 'mon'", True),
@@ -110,6 +113,11 @@ def test_the_answer(text: str, expected: bool) -> None:
         ("call.text.inner == 1", "when.type"),
         ("default(call.text.inner, 1) == 1", "when.type"),
         ("default(call.nothing, 1) == 1", "when.type"),
+        ("call.namesake.amount == 5", "when.ambiguous"),
+        ("default(call.namesake.amount, 0) < 100", "when.ambiguous"),
+        ("default(call.otherwise.amount, 0) < 100", "when.ambiguous"),
+        ("default(call.otherwise.In.key, 0) == 0", "when.ambiguous"),
+        ("default(call.otherwise['in'].key, 0) == 0", "when.ambiguous"),
     ],
 )
 def test_no_answer(text: str, code: str) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from safeconduct.call import Profile
+from safeconduct.call import Document, Profile
 from safeconduct.errors import Exit, PolicyError
-from safeconduct.policies import both, parse_policy
+from safeconduct.policies import both, decide, parse_policy
 from safeconduct.runtime.adapters.frames import Frames, TooLong
 from safeconduct.runtime.adapters.mcp_server import choose_profile
 from safeconduct.runtime.cli import mcp
@@ -139,6 +139,28 @@ def test_a_profile_that_only_the_project_has_chooses_nothing_in_the_users_own() 
         narrowed(project, "none")
     assert caught.value.code == "mcp.profile_unknown"
     assert "base, files, wide" in caught.value.hint
+
+
+def test_a_server_runs_where_its_calls_are_judged() -> None:
+    text = "version: 1\n{}\ntools: {{files.x: {{allow: any}}, '*.y': {{allow: any}}}}"
+    profiles = "profiles: {base: {read: [/b]}, files: {read: [/f]}, docs: {read: [/d]}}"
+    for servers, read in (
+        ("", ("/f",)),
+        ("servers: {files: {run: [srv]}}", ("/f",)),
+        ("servers: {files: {run: [srv], profile: docs}}", ("/d",)),
+    ):
+        written = text.format(f"{profiles}\n{servers}")
+        judged = parse_policy(written.encode(), name="policy.yaml", workspace=Path("/w"))
+        named = judged.servers["files"].profile if servers else None
+        assert choose_profile(judged, "files", named).read == read
+        for tool in ("files.x", "files.y"):
+            decision = decide(judged, Document(tool=tool, arguments={}, workspace="/w"))
+            assert decision.profile is not None
+            assert decision.profile.read == read
+        # Another profile than the one its calls are judged in is refused.
+        with pytest.raises(PolicyError) as caught:
+            choose_profile(judged, "files", "base")
+        assert caught.value.code == "mcp.profile_conflict"
 
 
 def test_only_the_variables_that_were_named_reach_the_server(tmp_path: Path) -> None:

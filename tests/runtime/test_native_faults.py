@@ -66,10 +66,10 @@ def held(launcher: Launcher, temporary: Path, box: Box) -> tuple[int, list[str],
     private = [name for base in temporary.glob("safeconduct-*") for name in os.listdir(base)]
     # Folders of sandboxes that wait are theirs, and empty.
     used = [path for path in private if any(os.scandir(_below(temporary, path)))]
-    # The next sandbox may be at hand, with its channel and the pipes of its output.
+    # The next sandbox may be at hand, with its channel, the pipes of its output and a pidfd.
     pools = box.sandbox._stock.pools._pools.values()  # pyright: ignore[reportPrivateUsage]
     at_hand = sum(len(pool._at_hand) for pool in pools)  # pyright: ignore[reportPrivateUsage]
-    return len(os.listdir("/proc/self/fd")) - 3 * at_hand, launchers, used
+    return len(os.listdir("/proc/self/fd")) - 4 * at_hand, launchers, used
 
 
 def _below(temporary: Path, name: str) -> Path:

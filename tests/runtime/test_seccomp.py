@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyseccomp as libseccomp
 import pytest
 
-from safeconduct.call import Tier
+from safeconduct.call import Profile, Tier, WorkspaceMode
 from safeconduct.errors import SandboxUnavailable
 from safeconduct.runtime.sandbox import bpf, seccomp
 from safeconduct.syscalls import ADDABLE, NEVER, why_never
@@ -120,6 +120,32 @@ def test_plain_calls_are_decided_by_their_number_alone(tier: Tier) -> None:
         bpf.execute(program, data(number("openat"))[:16])
 
 
+def test_the_init_is_named_by_nobody() -> None:
+    program = seccomp.compile_filter(Tier.FULL)
+    for name in ("prlimit64", "sched_setaffinity", "sched_setparam", "sched_setscheduler"):
+        for pid in (0, 2, 3, 1 << 31, 0xFFFFFFFF, (1 << 32) + 2):
+            assert verdict(program, number(name), pid, 1, 1) == ALLOW
+        for pid in (1, (1 << 32) + 1, (0xFFFFFFFF << 32) + 1):  # the kernel looks at 32 bits
+            refused = verdict(program, number(name), pid, 1, 1)
+            assert seccomp.refusal_errno(refused) == errno.EPERM
+    process, group, user = range(3)
+    for which, who in ((process, 0), (process, 2), (group, 0), (group, 1), (3, 1)):
+        assert verdict(program, number("setpriority"), which, who, 1) == ALLOW
+    for which, who in ((process, 1), (process, (1 << 32) + 1), (user, 0), (user, 1000)):
+        refused = verdict(program, number("setpriority"), which, who, 1)
+        assert seccomp.refusal_errno(refused) == errno.EPERM
+
+
+def test_space_is_reserved_only_where_the_kernel_counts_it() -> None:
+    direct = Profile(name="direct", write=("/any",))
+    session = replace(direct, workspace=WorkspaceMode.SESSION)
+    call = number("fallocate")
+    assert verdict(seccomp.filter_of(Tier.FULL, session), call) == ALLOW
+    for tier, profile in ((Tier.FULL, direct), (Tier.LANDLOCK, direct), (Tier.LANDLOCK, session)):
+        refused = verdict(seccomp.filter_of(tier, profile), call)
+        assert seccomp.refusal_errno(refused) == errno.EOPNOTSUPP
+
+
 @pytest.mark.parametrize("tier", Tier)
 def test_a_filter_that_asks_asks_where_the_other_refuses(tier: Tier) -> None:
     plain, asking = seccomp.compile_filter(tier), seccomp.compile_filter(tier, explain=True)
@@ -201,8 +227,10 @@ def test_a_profile_that_adds_a_call_has_it(
     compiled = seccomp.compile_filter
     profile = replace(box.profile(), syscalls=(name,))
 
-    def added(tier: Tier, _: Collection[str] = (), *, explain: bool = False) -> bytes:
-        return compiled(tier, profile.syscalls, explain=explain)
+    def added(
+        tier: Tier, _: Collection[str] = (), *, explain: bool = False, polled: bool = False
+    ) -> bytes:
+        return compiled(tier, profile.syscalls, explain=explain, polled=polled)
 
     assert b"works" not in box.python(code).stdout
     monkeypatch.setattr(seccomp, "compile_filter", added)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 
 from safeconduct.call import Profile, Tier
 from safeconduct.errors import SandboxFailed
+from safeconduct.runtime.sandbox import folders, places
 from safeconduct.runtime.sandbox.native import Program
 from safeconduct.runtime.sandbox.shield import Shield, Shields
 
@@ -191,10 +193,10 @@ def test_a_remembered_shield_sets_aside_what_appears(
 @pytest.mark.parametrize("count", [60, 300])
 def test_many_protected_places_in_a_sandbox_bound_late(box: Box, count: int) -> None:
     """Each is a mount that is handed over as a descriptor, of which a datagram holds 253."""
-    places = [box.workspace / f"held{number}" for number in range(count)]
-    for place in places:
+    held = [box.workspace / f"held{number}" for number in range(count)]
+    for place in held:
         place.mkdir()
-    shield = Shield(protected=tuple(map(str, places)))
+    shield = Shield(protected=tuple(map(str, held)))
     program = Program(
         argv=("sh", "-c", f"echo x > held{count - 1}/evil; echo x > fine"), cwd=str(box.workspace)
     )
@@ -202,7 +204,7 @@ def test_many_protected_places_in_a_sandbox_bound_late(box: Box, count: int) -> 
     outcome = box.sandbox.run(
         "call", program, box.profile(), workspace=str(box.workspace), shield=shield, late=True
     )
-    assert not (places[-1] / "evil").exists()
+    assert not (held[-1] / "evil").exists()
     # In tier landlock a folder that holds protected names takes no new ones.
     assert (box.workspace / "fine").exists() == (box.tier is Tier.FULL), outcome.stderr
 
@@ -227,3 +229,59 @@ def test_places_are_held_where_they_cannot_be_marked(
             assert not box.run("sh", "-c", attack, shield=shield).ok
     shields.close()
     assert not list(box.workspace.iterdir())
+
+
+def test_a_link_on_the_way_to_a_protected_name_is_not_taken_for_absent(
+    workspace: Path, tmp_path: Path
+) -> None:
+    (workspace / ".git").mkdir()
+    (tmp_path / "config").write_text("evil")
+    shields = Shields(str(workspace), (".git/config", ".mcp.json"))
+
+    def call() -> None:
+        with shields.raised(Profile(name="p", write=(str(workspace),)), nothing):
+            (workspace / ".git").rename(workspace / "moved")
+            (workspace / ".git").symlink_to(tmp_path)
+            (workspace / ".mcp.json").write_text("evil")
+
+    with pytest.raises(SandboxFailed) as caught:
+        call()
+    shields.close()
+    assert caught.value.code == "sandbox.protected_made"
+    assert (tmp_path / "config").exists()
+    # One name that cannot be judged saves none of the others.
+    assert not (workspace / ".mcp.json").exists()
+
+
+def test_a_path_that_cannot_be_looked_at_is_not_taken_for_absent(workspace: Path) -> None:
+    assert places.look(str(workspace / "gone" / "deeper")) is None
+    (workspace / "file").touch()
+    assert places.look(str(workspace / "file" / "below")) is None
+    (workspace / "round").symlink_to("round")
+    with pytest.raises(SandboxFailed):
+        places.look(str(workspace / "round" / "below"))
+
+
+def test_rights_are_added_to_open_folders_of_our_own_alone(workspace: Path) -> None:
+    closed, other = workspace / "closed", workspace / "other"
+    for folder in (closed, other):
+        folder.mkdir()
+        folder.chmod(0o060)
+    opened = os.open(closed, folders.HANDLE)
+    try:
+        assert folders.admit(opened, folders.SEARCH)
+        assert stat.S_IMODE(closed.stat().st_mode) & 0o777 == 0o160
+        closed.rename(workspace / "moved")
+        closed.symlink_to(other)
+        assert folders.admit(opened, folders.LIST)
+    finally:
+        os.close(opened)
+    assert stat.S_IMODE((workspace / "moved").stat().st_mode) & 0o777 == 0o560
+    assert stat.S_IMODE(other.stat().st_mode) & 0o777 == 0o060
+    with pytest.raises(NotADirectoryError):
+        os.close(os.open(closed, folders.HANDLE))
+    if os.geteuid() == 0:
+        os.chown(other, 1, 1)
+        opened = os.open(other, folders.HANDLE)
+        assert not folders.admit(opened, folders.LIST)
+        os.close(opened)

@@ -37,10 +37,8 @@ pub fn mapping_for(
     let taken = write(proc, &format!("{pid}/uid_map"), &format!("{owner_uid} {uid} 1"))
         .and_then(|()| write(proc, &format!("{pid}/gid_map"), &format!("{owner_gid} {gid} 1")))
         .and_then(|()| open(proc, &format!("{pid}/ns/user"), OFlags::RDONLY));
-    if let Some(pid) = Pid::from_raw(pid) {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
-        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
-    }
+    let _ = rustix::process::kill_process(pid, Signal::KILL);
+    let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
     taken.map(Some)
 }
 

@@ -137,9 +137,12 @@ impl Sandbox<'_> {
                 PollFd::new(&self.birth.channel, PollFlags::RDHUP | PollFlags::IN),
                 PollFd::new(&self.template.lifeline, PollFlags::IN),
             ];
-            let _ = rustix::event::poll(&mut polled, None);
+            // The program is of our uid and may bound what we may open, to none, prlimit(2), with
+            // which poll(2) refuses: whoever cannot watch any more ends the tree.
+            let blind =
+                matches!(rustix::event::poll(&mut polled, None), Err(e) if e != Errno::INTR);
             let told = polled[2].revents();
-            let gone = !(told - PollFlags::IN).is_empty() || !polled[3].revents().is_empty();
+            let gone = blind || !((told - PollFlags::IN) | polled[3].revents()).is_empty();
             if told == PollFlags::IN {
                 // One byte, the number of a signal for the program and its process group, as a
                 // terminal sends it; 0 is none, kill(2).

@@ -69,7 +69,8 @@ pub enum Message<'a> {
     Hello { version: u32, landlock_abi: i32 },
     /// Sent once by a template that is ready.
     Template,
-    /// A new sandbox, with its channel and the read ends of its stdout and stderr.
+    /// A new sandbox, with its channel, the read ends of its stdout and stderr, and a pidfd of its
+    /// init: whoever kills that ends the sandbox also where its init does not listen any more.
     Sandbox {
         number: u64,
         uid: u32,

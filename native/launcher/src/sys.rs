@@ -8,6 +8,7 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 /// Namespaces of a template, which its sandboxes share: nothing in them can be changed from there.
 pub const CLONE_TEMPLATE: u64 =
@@ -32,7 +33,7 @@ fn check(result: libc::c_long) -> Result<libc::c_long, Errno> {
 }
 
 /// Clone this process into new namespaces and a cgroup, clone3(2). `None` is the child.
-pub fn clone_into(flags: u64, cgroup: Option<BorrowedFd>) -> Result<Option<i32>, Errno> {
+pub fn clone_into(flags: u64, cgroup: Option<BorrowedFd>) -> Result<Option<Pid>, Errno> {
     #[repr(C)]
     #[derive(Default)]
     struct CloneArgs {
@@ -60,7 +61,7 @@ pub fn clone_into(flags: u64, cgroup: Option<BorrowedFd>) -> Result<Option<i32>,
         }
         new => new?,
     };
-    Ok(i32::try_from(pid).ok().filter(|pid| *pid != 0))
+    Ok(i32::try_from(pid).ok().and_then(Pid::from_raw))
 }
 
 /// LIMIT: bytes of the stack of a process that shares our memory.

@@ -15,7 +15,7 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 
 use crate::account::{Cgroups, Hierarchies};
 use crate::report::{self, Failure, Message, Step};
@@ -72,7 +72,7 @@ pub struct Template<'a> {
     scratch: Option<OwnedFd>,
     hierarchies: Hierarchies<'a>,
     events: OwnedFd,
-    living: HashMap<i32, Living>,
+    living: HashMap<Pid, Living>,
     busy: Vec<String>,
     mappings: HashMap<u32, OwnedFd>,
     made: u64,
@@ -201,8 +201,8 @@ impl<'a> Template<'a> {
             }
             if patient && waited > ENDING_MAX / 2 {
                 patient = false;
-                for init in self.living.keys().filter_map(|pid| Pid::from_raw(*pid)) {
-                    let _ = rustix::process::kill_process(init, Signal::KILL);
+                for init in self.living.keys() {
+                    let _ = rustix::process::kill_process(*init, Signal::KILL);
                 }
             }
             let mut polled = [PollFd::new(&self.events, PollFlags::IN)];
@@ -246,23 +246,24 @@ impl<'a> Template<'a> {
             scratch: copy(scratch.as_ref().map(|(_, folder)| folder))?,
         };
         let cloned = sys::clone_into(self.namespaces(), birth.cgroups.birthplace());
-        match cloned.step("clone namespaces") {
+        let pid = match cloned.step("clone namespaces") {
             Ok(None) => init::run(self, &birth),
-            Ok(Some(pid)) => {
-                self.living.insert(pid, Living { slot, name, again });
-            }
+            Ok(Some(pid)) => pid,
             Err(failure) => {
                 self.hierarchies.remove(&name);
                 return Err(failure);
             }
-        }
+        };
+        self.living.insert(pid, Living { slot, name, again });
+        // Its number is not given to another process before `reap` has collected it.
+        let init = rustix::process::pidfd_open(pid, PidfdFlags::empty()).step("pidfd")?;
         let message = Message::Sandbox {
             number,
             uid,
             again,
             scratch: scratch.as_ref().map(|(name, _)| name.as_str()),
         };
-        let handed = [ours.as_fd(), read_out.as_fd(), read_err.as_fd()];
+        let handed = [ours.as_fd(), read_out.as_fd(), read_err.as_fd(), init.as_fd()];
         report::send_with(self.socket, &message, &handed);
         Ok(())
     }
@@ -342,7 +343,7 @@ impl<'a> Template<'a> {
                 other => break matches!(other, Err(Errno::CHILD)),
             };
             lost |= status.terminating_signal().is_some();
-            if let Some(living) = self.living.remove(&pid.as_raw_nonzero().get()) {
+            if let Some(living) = self.living.remove(&pid) {
                 // Empty where it was never used; otherwise the supervisor removes it.
                 if let Some(base) = self.scratch.as_ref().filter(|_| self.life.is_none()) {
                     let _ = rustix::fs::unlinkat(base, &*living.name, AtFlags::REMOVEDIR);
@@ -379,9 +380,8 @@ impl<'a> Template<'a> {
         };
         let strangers = children
             .split_ascii_whitespace()
-            .filter_map(|pid| pid.parse().ok())
-            .filter(|pid| !self.living.contains_key(pid))
-            .filter_map(Pid::from_raw);
+            .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+            .filter(|pid| !self.living.contains_key(pid));
         for orphan in strangers {
             let _ = rustix::process::kill_process(orphan, Signal::KILL);
         }
