@@ -79,6 +79,7 @@ NAMED, ALIAS = OLD.verifier.line, OLD.verifier.of_log(ORIGIN).line
 @pytest.mark.parametrize(
     ("keys", "listed"),
     [([NAMED], ""), ([ALIAS], ""), ([NAMED, ALIAS], ""), ([], ALIAS), ([NAMED], ALIAS)],
+    ids=["named", "alias", "both", "policy", "named and policy"],
 )
 def test_a_retired_key_does_not_sign_on_under_another_name(
     tmp_path: Path, keys: list[str], listed: str
