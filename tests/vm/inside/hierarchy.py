@@ -14,8 +14,9 @@ from .cgroups import ROOT
 from .desk import execute, layers, policy, put_up, refusal, run
 from .registry import STOCK, USER_UID, check
 
-# 20 MB held by each of two processes at one time; the last line tells that one was ended.
-_HOLD = "head -c 20000000 /dev/zero | tail -c 19999999 >/dev/null"
+# 20 MB held by each of two processes, long enough to be at one time however slow the machine is;
+# the last line tells that one was ended.
+_HOLD = "{ head -c 20000000 /dev/zero; sleep 5; } | tail -c 19999999 >/dev/null"
 _PAIR = f"{_HOLD} & {_HOLD}; a=$?; wait $!; b=$?; exit $((a | b))"
 _FORKS = "i=0; while [ $i -lt 40 ]; do sleep 20 & i=$((i+1)); done; wait"
 
