@@ -82,7 +82,13 @@ def walk_steps(globs: Iterable[Glob]) -> tuple[int, int]:
     parts = [part for glob in globs for part in glob.components]
     inner = [len(part) for part in parts if _is_wild(part) and part not in ("*", "**")]
     by_component = len(parts) * COMPONENT_STEPS + len(inner) * WILDCARD_STEPS
-    return by_component, sum(inner) * CHARACTER_STEPS
+    return shared_steps(by_component, sum(inner) * CHARACTER_STEPS)
+
+
+@lru_cache(maxsize=1024)
+def shared_steps(by_component: int, by_character: int) -> tuple[int, int]:
+    """Return both; patterns by the thousand take the same few, and share them in memory."""
+    return by_component, by_character
 
 
 def compile_glob(pattern: str, *, workspace: str) -> Glob:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from safeconduct.call import Json
 
-from .globs import walk_steps
-from .host_table import HostTable
+from .globs import shared_steps, walk_steps
+from .host_table import HostTable, table_of
 from .match import spell
 from .signatures import Kind
 from .urls import UrlPattern, split_url
@@ -19,19 +19,20 @@ class UrlMatcher:
     """`url`: one of the patterns matches the canonical URL."""
 
     patterns: tuple[UrlPattern, ...]
-    kind: Kind = Kind.URL
-    _starts: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    _table: HostTable[UrlPattern] = field(init=False, compare=False, repr=False)
+    # One by itself, without a tuple around it: str.startswith takes both.
+    _starts: str | tuple[str, ...] = field(init=False, compare=False, repr=False)
+    _table: HostTable[UrlPattern] | None = field(init=False, compare=False, repr=False)
     # Of the pattern that takes most.
     _steps: tuple[int, int] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         starts = tuple(pattern.start for pattern in self.patterns if pattern.start)
         steps = [walk_steps([pattern.path]) for pattern in self.patterns] or [(0, 0)]
-        table = HostTable((pattern.labels, pattern) for pattern in self.patterns)
-        object.__setattr__(self, "_starts", starts)
+        table = table_of([(pattern.labels, pattern) for pattern in self.patterns])
+        object.__setattr__(self, "_starts", starts[0] if len(starts) == 1 else starts)
         object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_steps", (max(x for x, _ in steps), max(y for _, y in steps)))
+        most = shared_steps(max(x for x, _ in steps), max(y for _, y in steps))
+        object.__setattr__(self, "_steps", most)
 
     def matches(self, value: Json) -> bool:
         if not isinstance(value, str):
@@ -42,11 +43,16 @@ class UrlMatcher:
         url = split_url(value)
         if url is None:
             return False
-        found = self._table.find(url.host)
+        found = self.patterns if self._table is None else self._table.find(url.host)
         by_component, by_character = self._steps
         steps = by_component * value.count("/") + by_character * len(value)
         spend(len(found) * (steps + HOST_STEPS))
         return any(pattern.matches(url) for pattern in found)
+
+    @property
+    def kind(self) -> Kind:
+        """What it takes an argument for."""
+        return Kind.URL
 
     @property
     def words(self) -> tuple[str, ...]:
