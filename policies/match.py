@@ -141,11 +141,15 @@ class Literals:
     """`in` or a bare list: the value is one of the texts, or the number, boolean it spells."""
 
     texts: frozenset[str]
-    kind: Kind = Kind.SCALAR
 
     def matches(self, value: Json) -> bool:
         text = scalar_text(value)
         return text is not None and text in self.texts
+
+    @property
+    def kind(self) -> Kind:
+        """What it takes an argument for."""
+        return Kind.SCALAR
 
     @property
     def words(self) -> tuple[str, ...]:
