@@ -96,7 +96,7 @@ def test_many_threads_share_one_runtime(program: Program) -> None:
         print(json.dumps({"said": said, "more": after - before}))
     """)
     assert said["said"] == {f"{n}.{t}": f"{n}.{t}\n" for n in range(8) for t in range(4)}
-    # The next sandbox may be at hand (its channel, its pidfd, the pipes of its output), and the files
+    # The next sandbox may be at hand (its channel, its pidfd, the pipes of its output), and files
     # of the trace be open that come with its first head: fewer than one for each thread or call.
     assert said["more"] < 8, "descriptors grow with calls"
 
