@@ -8,7 +8,7 @@ every policy: our tools never write protected files, nor touch what the profile 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
@@ -19,12 +19,10 @@ from safeconduct.call import (
     Durability,
     Effect,
     Facts,
-    Json,
     Profile,
 )
 from safeconduct.errors import Denied
 
-from .binding import Unfit
 from .capability import narrow_profiles
 from .hiding import hides
 from .protected import is_protected
@@ -40,13 +38,15 @@ from .refusal import (
 from .rules import MAX_DECIDED, Judged, Policy, Rule, ToolRules
 from .shell.commands import holds_commands, judge_commands
 from .signatures import BUILT_IN, Signature
+from .sorting import Apart, Sorted, sort
 from .trace_terms import most_durable
-from .when.condition import when_facts
-from .work import MAX_STEPS, NO_BOUND, WORK, unjudged
+from .work import MAX_GRANT_STEPS, MAX_STEPS, NO_BOUND, WORK, TooMuchWork, unjudged
 
 _SEVERITY = {Effect.ALLOW: 0, Effect.ASK: 1, Effect.DENY: 2}
 # Bound once: each look-up of a member of an enumeration takes as long as a comparison.
 _ALLOW, _DENY = Effect.ALLOW, Effect.DENY
+
+_Judge: TypeAlias = Callable[[Policy, Document, Facts], Decision]
 
 # Nothing is known but the Document: a `when` that asks for more cannot be judged.
 NO_FACTS: Final = Facts()
@@ -58,13 +58,16 @@ def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decis
 
     ``policy`` is that of the session's role (`Judged.for_role`).
     """
-    WORK.left = MAX_STEPS
+    WORK.left = MAX_GRANT_STEPS
     try:
-        if "commands" in document.arguments and holds_commands(document):
-            return judge_commands(policy, document, lambda one: _decide(policy, one, facts))
-        if type(policy) is Policy:
-            return _judge(policy, document, facts)
-        return _decide(policy, document, facts)
+        try:
+            if type(policy) is Policy and "commands" not in document.arguments:
+                return _judge(policy, document, facts)
+            return _decide(policy, document, facts, _judge)
+        except TooMuchWork:
+            # More than a little: once more, with a share for each.
+            WORK.left = MAX_STEPS
+            return _decide(policy, document, facts, functools.partial(_judge_apart, Apart()))
     except Exception as error:
         # Fail closed: a bug of ours must never allow.
         return unjudged(policy.version, error)
@@ -72,8 +75,14 @@ def decide(policy: Judged, document: Document, facts: Facts = NO_FACTS) -> Decis
         WORK.left = NO_BOUND
 
 
-def _decide(policy: Judged, document: Document, facts: Facts) -> Decision:
-    verdicts = [_judge(part, document, facts) for part in policy.parts]
+def _decide(policy: Judged, document: Document, facts: Facts, judge: _Judge) -> Decision:
+    if holds_commands(document):
+        return judge_commands(policy, document, lambda one: _decide_one(policy, one, facts, judge))
+    return _decide_one(policy, document, facts, judge)
+
+
+def _decide_one(policy: Judged, document: Document, facts: Facts, judge: _Judge) -> Decision:
+    verdicts = [judge(part, document, facts) for part in policy.parts]
     if len(verdicts) == 1:
         return verdicts[0]
     return _strictest(policy, document, verdicts)
@@ -85,38 +94,8 @@ def shown_grants(policy: Policy, document: Document, facts: Facts) -> list[Rule]
     if tool is None:
         return []
     candidates = tool.candidates(document.arguments, document.unfit)
-    _, granting, _ = _sort(policy, tool, document, facts, candidates)
+    _, granting, _ = sort(policy, tool, document, facts, candidates)
     return _shown(policy, document, tool.signature, granting)
-
-
-class Known:
-    """What the `when` of a rule may ask for, put together when the first rule asks."""
-
-    __slots__ = ("_document", "_facts", "_named")
-
-    def __init__(self, document: Document, facts: Facts) -> None:
-        self._document, self._facts = document, facts
-        self._named: Mapping[str, Json] | None = None
-
-    def surely_holds(self, rule: Rule) -> bool:
-        """Tell whether the rule has no `when`, or one that holds."""
-        return rule.when is None or rule.holds(self.named, self._document.unfit) is True
-
-    def may_hold(self, rule: Rule) -> bool:
-        """Tell whether the rule has no `when`, or one that holds or cannot be judged."""
-        return rule.when is None or rule.holds(self.named, self._document.unfit) is not False
-
-    @property
-    def unfit(self) -> Unfit | None:
-        """The arguments that are not what the rules take them for."""
-        return self._document.unfit
-
-    @property
-    def named(self) -> Mapping[str, Json]:
-        """The facts by their names in the language."""
-        if self._named is None:
-            self._named = when_facts(self._document.arguments, self._facts)
-        return self._named
 
 
 def _strictest(policy: Judged, document: Document, verdicts: Sequence[Decision]) -> Decision:
@@ -191,7 +170,19 @@ def _not_judged(policy: Policy, document: Document) -> Decision:
 def _judge_all(
     policy: Policy, tool: ToolRules, document: Document, facts: Facts, candidates: Sequence[Rule]
 ) -> Decision:
-    denying, granting, asking = _sort(policy, tool, document, facts, candidates)
+    return _verdict(policy, tool, document, sort(policy, tool, document, facts, candidates))
+
+
+def _judge_apart(apart: Apart, policy: Policy, document: Document, facts: Facts) -> Decision:
+    """Judge by one policy, whatever the work, with a share of it for each grant."""
+    tool = policy.rules_of(document.tool)
+    if tool is None or document.workspace != policy.workspace:
+        return _not_judged(policy, document)
+    return _verdict(policy, tool, document, apart.sort(policy, tool, document, facts))
+
+
+def _verdict(policy: Policy, tool: ToolRules, document: Document, found: Sorted) -> Decision:
+    denying, granting, asking = found
     if denying:
         decision = _remembered(policy, document, denying, denied_by)
         return decision if document.unfit is None else said_of(document.unfit, denying, decision)
@@ -244,32 +235,6 @@ def _counted(decision: Decision, rules: Sequence[Rule]) -> Decision:
 def _writes_protected(document: Document, signature: Signature) -> bool:
     arguments = document.arguments
     return any(is_protected(str(arguments.get(name, ""))) for name in signature.writes)
-
-
-def _sort(
-    policy: Policy,
-    tool: ToolRules,
-    document: Document,
-    facts: Facts,
-    candidates: Sequence[Rule],
-) -> tuple[list[Rule], list[Rule], list[Rule]]:
-    """Return the rules that deny, those that grant, and those that ask."""
-    arguments, unfit = document.arguments, document.unfit
-    known = Known(document, facts)
-    denying: list[Rule] = []
-    granting: list[Rule] = []
-    asking: list[Rule] = []
-    for rule in candidates:
-        effect = rule.effect
-        if effect is not _DENY:
-            grants = rule.grants(arguments, tool.signature, policy.workspace, unfit)
-            if grants and (rule.when is None or known.surely_holds(rule)):
-                granting.append(rule)
-        if effect is _ALLOW or not rule.restricts(arguments, unfit):
-            continue
-        if rule.when is None or known.may_hold(rule):
-            (denying if effect is _DENY else asking).append(rule)
-    return denying, granting, asking
 
 
 _Make: TypeAlias = "Callable[[Policy, Document, Sequence[Rule]], Decision]"

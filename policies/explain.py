@@ -13,10 +13,11 @@ from safeconduct.call import Decision, Document, Effect, Facts, Json, Profile
 
 from .binding import Rule, ToolRules, holds_all, holds_any
 from .bounds import describe_bound
-from .decision import NO_FACTS, Known, decide
+from .decision import NO_FACTS, decide
 from .match import AnyValue
 from .rules import Judged, Policy
 from .shell.commands import parts_of
+from .sorting import Known
 from .when.condition import When, WhenError
 
 _LACKS: Final = "the call has no "

@@ -98,6 +98,15 @@ def index_rules(rules: Sequence[Rule]) -> RuleIndex:
     return RuleIndex(kept, tuple(always), packed)
 
 
+def may_match(rule: Rule, arguments: Mapping[str, Json]) -> bool:
+    """Tell whether a rule, by its own keys alone, may match these arguments."""
+    for name, look_up, keys in _filings(rule):
+        table: Table = dict.fromkeys(keys, 0)
+        if name not in arguments or not look_up(arguments[name], table, _span(table)):
+            return False
+    return True
+
+
 def _crowding(option: _Filing, crowd: Mapping[tuple[str, Lookup, Hashable], int]) -> int:
     name, look_up, keys = option
     return max(crowd[name, look_up, key] for key in keys)

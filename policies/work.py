@@ -12,8 +12,10 @@ from typing import Final
 
 from safeconduct.call import Decision, Effect
 
-# LIMIT: steps of one decision; under two seconds.
+# LIMIT: steps of all restrictions of one decision; under two seconds.
 MAX_STEPS: Final = 1 << 29
+# LIMIT: steps of each grant; under half a second. What takes no more in all is judged in one go.
+MAX_GRANT_STEPS: Final = 1 << 27
 # What a matcher does below this is not counted: counting would take as long.
 FREE_STEPS: Final = 1 << 12
 # What a pair of components takes, what more where one holds a wildcard beside other characters, a

@@ -42,7 +42,7 @@ def judged(workspace: Path, deny: str, value: Json) -> tuple[Decision, float]:
     ("deny", "value"),
     [
         ("{regex: '(?:.*a.{950}c)'}", ["ab" * 20_000] * 20),
-        ("{path: ['**/%sb']}" % ("?*/" * 60), ["/none/" + "a/" * 1500 + "a"] * 200),
+        ("{path: ['**/%s?b']}" % ("?*/" * 60), ["/none/" + "a/" * 1500 + "a"] * 200),
         (
             "{{path: [{}]}}".format(", ".join(f"'**/bad{at}*/**'" for at in range(2000))),
             ["/n/a/b/c/d"] * 500,
@@ -113,3 +113,22 @@ def test_each_thread_has_its_own_bound_and_none_outside_of_decisions() -> None:
     finally:
         WORK.left = NO_BOUND
     assert left == [NO_BOUND]
+
+
+def decided(workspace: Path, rules: str, value: Json) -> Decision:
+    policy = parse_policy(
+        f"version: 1\ntools: {{a.b: [{rules}]}}".encode(), name="p", workspace=workspace
+    )
+    call = Call(id="1", tool="a.b", arguments={"x": value}, session="s")
+    with canonicalize(policy, call) as canonical:
+        return decide(policy, canonical.document)
+
+
+def test_a_grant_that_is_too_much_work_takes_nothing_from_another(workspace: Path) -> None:
+    heavy, light = "{allow: {x: {regex: '(?:.*a.{300}b)'}}}", "{allow: {x: any}}"
+    value: Json = ["ab" * 20_000] * 20
+    assert decided(workspace, heavy, value).code == "policy.too_much_work"
+    assert decided(workspace, f"{heavy}, {light}", value).effect is Effect.ALLOW
+    assert decided(workspace, f"{light}, {heavy}", value).effect is Effect.ALLOW
+    deny = "{deny: {x: {regex: 'ab'}}}"
+    assert decided(workspace, f"{light}, {heavy}, {deny}", [*value, "ab"]).code == "policy.deny"
