@@ -116,14 +116,21 @@ def compile_glob(pattern: str, *, workspace: str) -> Glob:
 
 @dataclass(frozen=True, slots=True)
 class _Hiding:
-    """The patterns of a ``hide``: one expression for those that name a component, and globs."""
+    """The patterns of a ``hide``: one expression for those that name a component, and globs.
+
+    ``tails`` are the texts one of which is in each path that the expression finds.
+    """
 
     named: re.Pattern[str] | None
+    tails: tuple[str, ...]
     globs: tuple[Glob, ...]
 
     def hides(self, path: str) -> bool:
-        if self.named is not None and self.named.search(path):
-            return True
+        if self.named is not None:
+            # To look for a plain text takes a tenth of the expression.
+            for tail in self.tails:
+                if tail in path and self.named.search(path):
+                    return True
         if not self.globs:
             return False
         components = path[1:].split("/")
@@ -133,6 +140,7 @@ class _Hiding:
 @lru_cache(maxsize=256)
 def _hiding(patterns: tuple[str, ...]) -> _Hiding:
     named: list[str] = []
+    tails: list[str] = []
     globs: list[Glob] = []
     for pattern in patterns:
         folder, _, last = pattern.removeprefix("/").rpartition("/")
@@ -140,12 +148,13 @@ def _hiding(patterns: tuple[str, ...]) -> _Hiding:
         if folder == "**" and tail and not _is_wild(tail):
             # Time is linear in the path: one `*` at most, and each component is tried once.
             named.append(("[^/]*" if tail != last else "") + re.escape(tail))
+            tails.append(tail)
         else:
             # What holds a hidden folder's name holds its contents: `**` stands for them, or
             # nothing.
             globs.append(Glob(pattern, (*pattern.removeprefix("/").split("/"), "**")))
     expression = re.compile(f"/(?:{'|'.join(named)})(?:/|\\Z)") if named else None
-    return _Hiding(expression, tuple(globs))
+    return _Hiding(expression, tuple(tails), tuple(globs))
 
 
 @lru_cache(maxsize=256)

@@ -148,8 +148,9 @@ def _look_up_folder(value: Json, table: Table, span: Span) -> Sequence[Hit]:
         if not _are_texts(paths):
             return _everything(table)
     for path in paths:
-        if path in table:
-            found.append(table[path])
+        hit = table.get(path)
+        if hit is not None:
+            found.append(hit)
         _look_up_starts(f"{path}/", table, span, found)
     return found
 
@@ -167,6 +168,9 @@ def _look_up_starts(text: str, table: Table, span: Span, found: list[Hit]) -> No
 
 
 def _look_up_name(value: Json, table: Table, span: Span) -> Sequence[Hit]:
+    if type(value) is str:
+        hit = table.get(value.rpartition("/")[2])
+        return () if hit is None else (hit,)
     paths = _each(value)
     if not _are_texts(paths):
         return _everything(table)
