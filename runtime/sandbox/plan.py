@@ -67,7 +67,7 @@ class Setting:
 
     @cached_property
     def _granted(self) -> Sequence[str]:
-        return *self.profile.read, *self.profile.write
+        return tuple(dict.fromkeys((*self.profile.read, *self.profile.write)))
 
     @cached_property
     def _fixed(self) -> Hashable:
