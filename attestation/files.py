@@ -82,6 +82,16 @@ def sync_file_system(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def allocate(fd: int, at: int, size_bytes: int) -> bool:
+    """Have the file system set zeros aside in a file: fallocate(2). Tell whether it did.
+
+    What was set aside is overwritten in place, so that fdatasync(2) need not wait for a new length
+    to be on disk as well.
+    """
+    libc = ctypes.CDLL(None)
+    return bool(libc.fallocate(fd, 0, ctypes.c_int64(at), ctypes.c_int64(size_bytes)) == 0)
+
+
 def shred(parent: int, name: str, *, linked: bool = True) -> bool:
     """Overwrite a file below a descriptor with zeros and remove it; durable, and repeatable.
 

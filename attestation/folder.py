@@ -30,7 +30,7 @@ from .files import (
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_APPEND = CHANGE | os.O_CREAT | os.O_APPEND
+_CREATE = CHANGE | os.O_CREAT
 # With more files at once, one syncfs(2) is sooner done than an fdatasync(2) for each.
 _MANY_FILES = 24
 # A read returns at most this many names; a folder of ours holds far fewer at any one level.
@@ -202,8 +202,17 @@ class Folder:
 
     def open_append(self, path: str, *, mode: int = 0o644) -> int:
         """Open or create a file to append to; the caller closes the descriptor."""
+        return self._open_durable(path, _CREATE | os.O_APPEND, mode)
+
+    def open_end(self, path: str, *, mode: int = 0o644) -> int:
+        """Do the same, but only be where it ends now: what follows may be set aside before."""
+        fd = self._open_durable(path, _CREATE, mode)
+        os.lseek(fd, 0, os.SEEK_END)
+        return fd
+
+    def _open_durable(self, path: str, flags: int, mode: int) -> int:
         with self._parent(path) as (parent, name):
-            fd = os.open(name, _APPEND, mode, dir_fd=parent)
+            fd = os.open(name, flags, mode, dir_fd=parent)
             try:
                 require_only_name(path, fd)
                 os.fsync(parent)

@@ -3,12 +3,14 @@
 ``journal/<first index>.wal`` is a run of frames: length (4 bytes, big-endian), the first 8 bytes
 of the entry's leaf hash, the entry. A length with its highest bit set is of the openings of the
 entry before, behind their CRC-32 in 8 bytes. A frame that does not match its mark ends the journal:
-what a crash tore is dropped on the next open. Files go away once a signed checkpoint
-covers them and its tiles are on disk. journal_writer.py is the other end.
+what a crash tore is dropped on the next open, and zeros behind the last frame are room for more.
+Files go away once a signed checkpoint covers them and its tiles are on disk. journal_writer.py is
+the other end.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from bisect import bisect_right
@@ -38,6 +40,8 @@ MAX_READ_FRAMES = 1_000_000
 MAX_READ_BYTES = 256 << 20
 # LIMIT: a dropped tail is hashed for the record up to here; a torn tail is far smaller.
 _MAX_DROPPED_BYTES = 64 << 20
+# Zeros are set aside up to a multiple of this; those in a file of another length are torn.
+ASIDE_BYTES = 4096
 _ENTRY_HEADER = struct.Struct(">I8s").pack  # takes the first 8 bytes of the leaf hash
 _OPENINGS_HEADER = struct.Struct(">IQ").pack
 _FILE_NAME = re.compile(r"([0-9]{16})\.wal")
@@ -169,11 +173,21 @@ def _fill(fd: int, path: str, buffer: bytearray, at: int, count: int) -> int:
 
 
 def _note_dropped(fd: int, path: str, rest: bytes, tail: JournalTail) -> None:
-    digest = sha256()
-    while rest and tail.dropped_bytes < _MAX_DROPPED_BYTES:
-        digest.update(rest)
-        tail.dropped_bytes += len(rest)
-        rest = read_some(fd, path, _CHUNK_BYTES)
+    """Note what follows the last good frame. Zeros to the end were only set aside for frames."""
+    digest, zeros, left = sha256(), 0, _MAX_DROPPED_BYTES
+    aside = os.fstat(fd).st_size % ASIDE_BYTES == 0
+    while rest:
+        left -= len(rest)
+        # Nobody sets that much aside: then zeros are as torn as anything.
+        torn = rest.rstrip(b"\0") if aside and left > 0 else rest
+        if torn:
+            tail.dropped_bytes += zeros + len(torn)
+            while zeros:
+                digest.update(bytes(min(zeros, _CHUNK_BYTES)))
+                zeros -= min(zeros, _CHUNK_BYTES)
+            digest.update(torn)
+        zeros += len(rest) - len(torn)
+        rest = read_some(fd, path, _CHUNK_BYTES) if left > 0 else b""
     tail.dropped_sha256 = digest.hexdigest()
 
 

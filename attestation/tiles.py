@@ -27,6 +27,8 @@ _TILE_BYTES = TILE_WIDTH * HASH_BYTES
 MAX_BUNDLE_BYTES = TILE_WIDTH * (65_535 + 2)
 # Partial files of a growing tile that stay: somebody may just have read an older checkpoint.
 _PARTIALS_KEPT = 4
+# LIMIT: hashes of complete subtrees that are kept for the next proofs.
+_NODES_KEPT = 512
 _WIDTH = re.compile(r"[1-9][0-9]{0,2}")
 
 
@@ -133,6 +135,8 @@ class TileStore:
         self._bundle: list[bytes] = []
         self._levels: list[list[bytes]] = [[]]
         self._full: dict[str, bytes] = {}
+        # Complete subtrees never change: the next proof needs most of those of the one before.
+        self._nodes: dict[tuple[int, int], bytes] = {}
 
     @classmethod
     def load(cls, folder: Folder, size: int) -> TileStore:
@@ -196,6 +200,9 @@ class TileStore:
 
     def node(self, level: int, index: int) -> bytes:
         """Return the hash of a complete subtree, read from its tile."""
+        known = self._nodes.get((level, index))
+        if known is not None:
+            return known
         tile_level, height = divmod(level, _TILE_HEIGHT)
         first = index << height
         tile_index, position = divmod(first, TILE_WIDTH)
@@ -203,7 +210,10 @@ class TileStore:
         hashes = self._tile(tile_level, tile_index)[position : position + count]
         if len(hashes) != count:
             raise TraceInvalid(f"no complete subtree {level}/{index}", code="trace.tile")
-        return tile_root(hashes)
+        if len(self._nodes) >= _NODES_KEPT:
+            self._nodes.clear()
+        made = self._nodes[level, index] = tile_root(hashes)
+        return made
 
     def prove_inclusion(self, index: int, size: int) -> list[bytes]:
         """Return the audit path of an entry in the tree of an earlier or the present size."""

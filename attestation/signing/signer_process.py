@@ -35,7 +35,7 @@ from .signer_request import (
     receive,
     send,
 )
-from .signer_state import SignerState
+from .signer_state import Memory, SignerState
 from .signer_statement import signed_part, stated
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
@@ -131,13 +131,13 @@ class _Signer:
                 code="signer.refused",
                 hint="rotate it with `safeconduct keys rotate`, which asks sudo for your password",
             )
-        with self._state.locked():
-            last = self._state.last(request.origin)
+        with self._state.locked(), self._state.opened(request.origin) as memory:
+            last = memory.last
             match request:
                 case Query():
                     return last.text().encode()
                 case Sign():
-                    return self._sign(last, request)
+                    return self._sign(memory, request)
                 case Rotate():
                     return self._rotate(request)
                 case Finish():
@@ -145,10 +145,10 @@ class _Signer:
                 case Attest():
                     return self._attest(last, request)
 
-    def _sign(self, last: Checkpoint, request: Sign) -> bytes:
-        _require_extends(last, request)
+    def _sign(self, memory: Memory, request: Sign) -> bytes:
+        _require_extends(memory.last, request)
         head = Checkpoint(origin=request.origin, size=request.new_size, root=request.root)
-        self._state.remember(head)
+        memory.remember(head)
         lines = self._pen(self._files.current, head.origin).sign(head.text())
         if self._files.next is not None:
             # The head that will cover the key.rotate entry needs both, and only the writer knows

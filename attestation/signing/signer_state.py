@@ -11,8 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -30,6 +32,17 @@ _FILE_BYTES: Final = _SLOTS[1] + _SLOT_BYTES
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of one log, while its file is open.
+
+    ``remember`` puts a head of that log on disk; on return it is the last one, after any crash.
+    """
+
+    last: Checkpoint
+    remember: Callable[[Checkpoint], None]
+
+
 class SignerState:
     """The folder of heads. Two signers may share it: each looks at it under a lock."""
 
@@ -44,7 +57,7 @@ class SignerState:
                 code="key.permissions",
                 hint=f"chmod 700 {folder}",
             )
-        self._folder = folder
+        self._folder = os.fspath(folder)
         # Held until the process ends, as is every signer's life: one lock at a time is taken.
         self._lock_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -59,42 +72,35 @@ class SignerState:
 
     def last(self, origin: str) -> Checkpoint:
         """Return the head signed last for this log. Raise ``signer.state`` when it is damaged."""
-        try:
-            fd = os.open(self._path(origin), _OPEN)
-        except FileNotFoundError:
-            return Checkpoint(origin=origin, size=0, root=EMPTY_ROOT)
-        try:
-            data = os.pread(fd, _FILE_BYTES + 1, 0)
-        finally:
-            os.close(fd)
-        last = newest_head(data)
-        if last.origin != origin:
-            raise TraceInvalid("the signer's state is of another log", code="signer.state")
-        return last
+        with self.opened(origin) as memory:
+            return memory.last
 
     def remember(self, head: Checkpoint) -> None:
         """Put the head on disk; on return it is what ``last`` says, after any crash too."""
-        path = self._path(head.origin)
+        with self.opened(head.origin) as memory:
+            memory.remember(head)
+
+    @contextmanager
+    def opened(self, origin: str) -> Generator[Memory]:
+        """Look at what is remembered of one log. Raise ``signer.state`` when it is damaged."""
         try:
-            fd = os.open(path, _OPEN)
+            fd = os.open(self._path(origin), _OPEN)
         except FileNotFoundError:
-            self._begin(path, head)
+            yield Memory(Checkpoint(origin=origin, size=0, root=EMPTY_ROOT), self._begin)
             return
         try:
             found = _slots(os.pread(fd, _FILE_BYTES + 1, 0))
-            newest = max(found.values(), key=_size)
-            # Never over the newest one; but one that stands there already is written again in its
-            # place: whoever wrote it may have died, or failed, before it was on disk (fsync(2)).
-            again = newest == head
-            at = next((at for at in _SLOTS if (found.get(at) == newest) is again), _SLOTS[0])
-            write_at(fd, _slot(head), at)
-            os.fdatasync(fd)
+            last = max(found.values(), key=_size)
+            if last.origin != origin:
+                raise TraceInvalid("the signer's state is of another log", code="signer.state")
+            yield Memory(last, partial(_write, fd, found, last))
         finally:
             os.close(fd)
 
-    def _begin(self, path: Path, head: Checkpoint) -> None:
+    def _begin(self, head: Checkpoint) -> None:
         """Make the file durably, whole under its name: data, then name, then folder."""
-        temporary = path.with_suffix(".tmp")
+        path = self._path(head.origin)
+        temporary = f"{path}.tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(temporary, flags, 0o600)
         try:
@@ -105,10 +111,20 @@ class SignerState:
         finally:
             os.close(fd)
         os.rename(temporary, path)
-        sync_folder(path)
+        sync_folder(Path(path))
 
-    def _path(self, origin: str) -> Path:
-        return self._folder / sha256(origin.encode()).hexdigest()
+    def _path(self, origin: str) -> str:
+        return f"{self._folder}/{sha256(origin.encode()).hexdigest()}"
+
+
+def _write(fd: int, found: dict[int, Checkpoint], newest: Checkpoint, head: Checkpoint) -> None:
+    """Put a head beside the newest one, durably."""
+    # Never over the newest one; but one that stands there already is written again in its
+    # place: whoever wrote it may have died, or failed, before it was on disk (fsync(2)).
+    again = newest == head
+    at = next((at for at in _SLOTS if (found.get(at) == newest) is again), _SLOTS[0])
+    write_at(fd, _slot(head), at)
+    os.fdatasync(fd)
 
 
 def newest_head(data: bytes) -> Checkpoint:
@@ -135,6 +151,8 @@ def _slot(head: Checkpoint) -> bytes:
     return slot.ljust(_SLOT_BYTES)
 
 
+# The slots are read for each signature, and mostly hold what they held for the one before.
+@lru_cache(maxsize=16)
 def _parse_slot(slot: bytes) -> Checkpoint | None:
     text, _, digest = slot.rstrip(b" ").removesuffix(b"\n").rpartition(b"\n")
     text += b"\n"

@@ -1,7 +1,9 @@
 """Step "record": one fdatasync(2) for all who wait for the disk at the same time.
 
 Who comes alone syncs in its own thread. Those who come meanwhile wait, and a thread of ours goes
-on for them, group after group, until nobody waits: between two syncs nobody has to be woken first.
+on for them, group after group, until nobody waits. It begins when the last of the group before
+has been woken: most come back with their next entry, and a sync in the middle of that would serve
+few of them and take turns with them at the interpreter's lock.
 
 An interrupt may end a leader, or a waiter that is to wake the next, between any two steps. What
 they leave is then handed to that thread, which no interrupt reaches (signal(7): Python runs
@@ -15,13 +17,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EBADF, EIO
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
 from safeconduct.attestation.journal import write_failed
 
 _EVERY = 2**63
 _STOP_TIMEOUT_S = 60.0
+# From so many on that are woken together, the next sync waits for them, but never longer than this.
+_MANY = 4
+_GATHER_S = 0.01
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +52,19 @@ class _Waiter:
             self.gate.release()
 
 
+class _Last(_Waiter):
+    """Stands behind the last one of a group: waking it tells the thread that all are awake."""
+
+    __slots__ = ("told",)
+
+    def __init__(self, told: SimpleQueue[_Waiter | None]) -> None:
+        super().__init__(-1)
+        self.told = told
+
+    def wake(self) -> None:
+        self.told.put(self)
+
+
 class GroupSync:
     """Who leads, who waits, and up to which entry all is on disk.
 
@@ -63,6 +81,7 @@ class GroupSync:
         # Who left something to the thread: work to lead, or others to wake. None ends it.
         self._left: SimpleQueue[_Waiter | None] = SimpleQueue()
         self._ours = _Waiter(-1)  # stands for the thread
+        self._gathering: _Last | None = None  # the group that is being woken, by its end
         self._thread: Thread | None = None
         self.failure: OSError | None = None
 
@@ -103,7 +122,7 @@ class GroupSync:
                 self._lead(work)
                 self._pass_on(mine)
                 if self._leader is self._ours:
-                    self._left.put(mine)
+                    self._left.put(self._ours)
         except BaseException:
             self._left.put(mine)  # the first call here, and C code: no interrupt comes before it
             if self._thread is None:
@@ -156,35 +175,62 @@ class GroupSync:
             done = [one for one in self._waiting if one.index < self._synced]
         else:
             waiting, done = [], waiting
-        leader = self._heir(waiting) if waiting else None
+        leader = self._heir(waiting, len(done))
         if leader is not None and leader is not self._ours:
             waiting = [one for one in waiting if one is not leader]
             done.append(leader)
-        following: _Waiter | None = None
+        gathering = _Last(self._left) if done and leader is self._ours else None
+        following: _Waiter | None = gathering
         for one in done:
             one.following = following
             following = one
         # No call from here on: an interrupt finds all of it done, or nothing.
         mine.following = following
         self._waiting = waiting
+        self._gathering = gathering
         self._leader = leader
 
-    def _heir(self, waiting: list[_Waiter]) -> _Waiter:
-        """Return which waiter is to lead, as it has work of its own, or else the thread."""
+    def _heir(self, waiting: list[_Waiter], done: int) -> _Waiter | None:
+        """Return which waiter is to lead, as it has work of its own, or else the thread.
+
+        The thread also where nobody waits yet, but many are about to come back.
+        """
         if self._thread is None:
-            return waiting[0]
+            return waiting[0] if waiting else None
+        if not waiting:
+            return self._ours if done >= _MANY and self.failure is None else None
         return next((one for one in waiting if one.index == _EVERY), self._ours)
 
     def _lead_on(self) -> None:
-        while (left := self._left.get()) is not None:
-            self._take_over(left)
+        goes_on = True
+        while goes_on:
+            goes_on = self._hear(None)
             while self._leader is self._ours:
-                try:
-                    self._lead(self._sync)
-                except BaseException as error:
-                    # Those who wait raise it themselves.
-                    self.failure = self.failure or OSError(EIO, f"sync: {error}")
+                if self._gathering is not None:
+                    goes_on = self._hear(_GATHER_S) and goes_on
+                if self._waiting:
+                    try:
+                        self._lead(self._sync)
+                    except BaseException as error:
+                        # Those who wait raise it themselves.
+                        self.failure = self.failure or OSError(EIO, f"sync: {error}")
                 self._pass_on(self._ours)
+
+    def _hear(self, within_s: float | None) -> bool:
+        """Wait for work; False where it is to end. What somebody left is done here.
+
+        Within so many seconds for the group that is being woken, and not for one before it.
+        """
+        try:
+            left = self._left.get(timeout=within_s)
+            while type(left) is _Last and left is not self._gathering:
+                left = self._left.get(timeout=within_s)
+        except Empty:
+            left = self._ours
+        self._gathering = None if within_s is not None else self._gathering
+        if left is not None and left is not self._ours and type(left) is not _Last:
+            self._take_over(left)
+        return left is not None
 
     def _take_over(self, left: _Waiter) -> None:
         """Do what somebody left: nobody may wait for one that went away."""

@@ -12,10 +12,21 @@ from errno import EINTR, ENOSPC
 from itertools import pairwise
 from threading import Lock
 
+from safeconduct.attestation.files import allocate
 from safeconduct.attestation.folder import Folder
-from safeconduct.attestation.journal import journal_files, journal_path, write_failed
+from safeconduct.attestation.journal import (
+    ASIDE_BYTES,
+    journal_files,
+    journal_path,
+    write_failed,
+)
 
 from .group_sync import GroupSync
+
+# So much is set aside at once, when less than this is left for one write. The rest of it is zeros
+# that every reader of the journal has to read.
+_ROOM_BYTES, _ROOM_LEFT_BYTES = 256 << 10, 64 << 10
+_NEVER = 1 << 63
 
 
 class Journal:
@@ -30,8 +41,8 @@ class Journal:
         """Open ``<first>.wal`` to append entry number ``size`` next; ``lock`` is the writer's."""
         self._folder, self._lock = folder, lock
         self._file = first
-        self._fd = folder.open_append(journal_path(first))
-        self._bytes = os.fstat(self._fd).st_size
+        self._fd = folder.open_end(journal_path(first))
+        self._bytes = self._room = os.fstat(self._fd).st_size
         self._buffer: list[bytes] = []
         self._size = size
         self._group = GroupSync(self._sync)
@@ -105,19 +116,32 @@ class Journal:
 
     def _sync(self) -> int:
         with self._lock:
+            self._make_room()
             self.write()
             reached = self._size
         os.fdatasync(self._fd)  # no other leader can close it meanwhile
         return reached
+
+    def _make_room(self) -> None:
+        """Set the next stretch of the file aside before it is written; the caller has the lock.
+
+        Where that cannot be done the file grows with each write, as slowly as any.
+        """
+        if self._bytes + _ROOM_LEFT_BYTES <= self._room:
+            return
+        end = self._bytes + _ROOM_BYTES
+        end -= end % ASIDE_BYTES
+        made = allocate(self._fd, self._bytes, end - self._bytes)
+        self._room = end if made else _NEVER
 
     def _turn_over(self, ready: Callable[[int], object]) -> int:
         self._sync()  # most of it, while others may append
         with self._lock:
             self.write()
             os.fdatasync(self._fd)
-            fd = self._folder.open_append(journal_path(self._size))
+            fd = self._folder.open_end(journal_path(self._size))
             old, self._fd = self._fd, fd
-            self._file, self._bytes = self._size, 0
+            self._file, self._bytes, self._room = self._size, 0, 0
             os.close(old)
             ready(self._size)
             return self._size

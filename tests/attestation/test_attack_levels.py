@@ -339,7 +339,7 @@ def test_a_journal_torn_at_every_byte(bench: Bench) -> None:
         shutil.copytree(bench.trace, copy)
     signer.close()
     journal = max((copy / "journal").glob("*.wal"))
-    whole = journal.read_bytes()
+    whole = journal.read_bytes().rstrip(b"\0")  # behind it is room for more
     assert len(whole) > 1000
     counts: list[int] = []
     for length in range(len(whole) + 1):

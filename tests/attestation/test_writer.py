@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -387,10 +388,13 @@ def crashed(bench: Bench) -> Path:
     return copy
 
 
-def test_journal_torn_at_every_byte_recovers(bench: Bench) -> None:
+@pytest.mark.parametrize("room", [False, True], ids=["grown", "room set aside"])
+def test_journal_torn_at_every_byte_recovers(bench: Bench, room: bool) -> None:
     copy = crashed(bench)
     (wal,) = (copy / "journal").glob("*.wal")
-    whole = wal.read_bytes()
+    aside = wal.stat().st_size
+    whole = wal.read_bytes().rstrip(b"\0")
+    assert aside > len(whole)
     signer = bench.signer()
     state_then = bench.root / "state-kept"
     shutil.copytree(bench.state, state_then)
@@ -410,13 +414,17 @@ def test_journal_torn_at_every_byte_recovers(bench: Bench) -> None:
         shutil.copytree(copy, bench.trace)
         shutil.rmtree(bench.state)
         shutil.copytree(state_then, bench.state)
-        (bench.trace / "journal" / wal.name).write_bytes(whole[:cut])
+        torn = whole[max(end for end in ends if end <= cut) : cut]
+        data = whole[:cut].ljust(aside if room else 0, b"\0")
+        (bench.trace / "journal" / wal.name).write_bytes(data)
         TraceWriter.open(bench.trace, signer=signer).close()
         report = bench.verify()
         kept = sum(end <= cut for end in entry_ends) - 1
         assert (report.status, report.recoveries) == (Exit.OK, 1), cut
         recovered = next(e for _, e in read_entries(bench.trace) if e.kind == "log.recovered")
-        assert recovered.body["dropped_bytes"] == cut - max(e for e in ends if e <= cut)
+        dropped = torn.rstrip(b"\0") if room else torn
+        assert recovered.body["dropped_bytes"] == len(dropped)
+        assert recovered.body["dropped_sha256"] == sha256(dropped).hexdigest()
         assert kinds(bench.trace)[:kept] == kinds(copy)[:kept]
         found = [one for _, _, openings in read_opened(bench.trace) for one in openings.values()]
         assert not [one for one in found if getattr(one, "code", "") == "opening.false"]
