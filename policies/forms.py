@@ -24,6 +24,7 @@ from .match import (
     parse_integer,
     path_matcher,
     spell,
+    with_numbers,
 )
 from .match_json import Shape, ShapeError, compile_shape
 from .match_text import Excluding, Regex, compile_regex, email_matcher, host_matcher
@@ -125,7 +126,7 @@ class Forms:
             "path": lambda: self._path(self._words(spec.path, spec, loc), loc),
             "url": lambda: self._url(self._words(spec.url, spec, loc), loc),
             "argv": lambda: self._argv(spec, loc, restricts),
-            "in": lambda: Literals(frozenset(self._words(spec.in_, spec, loc))),
+            "in": lambda: _literals(self._words(spec.in_, spec, loc), restricts),
             "range": lambda: self._range(spec.range or [], loc, restricts),
             "text": lambda: TextLength(spec.text.max if spec.text else 0),
             "regex": lambda: self._regex([spec.regex or ""], loc, restricts),
@@ -140,7 +141,7 @@ class Forms:
         makers: dict[str, Callable[[], Matcher]] = {
             "path": lambda: self._path(words, loc),
             "url": lambda: self._url(words, loc),
-            "in": lambda: Literals(frozenset(words)),
+            "in": lambda: _literals(words, not restricts),
             "range": lambda: self._range(words, loc, not restricts),
             "regex": lambda: self._regex(words, loc, not restricts),
             "host": lambda: self._patterns(host_matcher, words, loc),
@@ -218,7 +219,7 @@ class Forms:
         except ValueError as error:
             hint = "write it in the syntax of RE2, without lookaround and back references"
             raise self._error(loc, f"the regular expression {error}", hint) from error
-        self._regex_steps += sum(program.programsize for program in found.programs)
+        self._regex_steps += found.effort
         if self._regex_steps > MAX_REGEX_STEPS:
             message = f"the regular expressions become more than {MAX_REGEX_STEPS} steps"
             raise self._error(loc, message, "use fewer of them, and smaller repetitions")
@@ -286,6 +287,11 @@ class Forms:
         if spec.regex is not None:
             return self._regex([spec.regex], loc, restricts).matches
         return TextLength(spec.text.max if spec.text else 0).matches
+
+
+def _literals(words: list[str], restricts: bool) -> Literals:
+    texts = frozenset(words)
+    return Literals(with_numbers(texts) if restricts else texts)
 
 
 def _is_word(node: object, word: str) -> bool:

@@ -142,11 +142,13 @@ def _last(glob: Glob) -> str | None:
 
 def _look_up_folder(value: Json, table: Table, span: Span) -> Sequence[Hit]:
     found: list[Hit] = []
-    paths: Sequence[Json] = (value,)
-    if type(value) is not str:
-        paths = _each(value)
-        if not _are_texts(paths):
+    if type(value) is str:
+        paths: Sequence[str] = (value,)
+    else:
+        listed = _each(value)
+        if not _are_texts(listed):
             return _everything(table)
+        paths = cast("Sequence[str]", listed)
     for path in paths:
         hit = table.get(path)
         if hit is not None:

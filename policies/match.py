@@ -7,6 +7,7 @@ the rule's business (`rules.py`).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ from .work import spend
 
 # LIMIT: more digits than any 64-bit number; parsing stays linear.
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)
+# A number in a spelling of JSON that `scalar_text` does not write. LIMIT: longer than any double.
+_NUMBER = re.compile(
+    r"(?=.{1,32}\Z)(?:-0|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+))",
+    re.ASCII,
+)
 # Words that cannot be taken for a list, a wildcard or the end of one.
 _PLAIN = re.compile(r"(?!any\Z|\.\.\.\Z)[^\s,\"'{}\[\]]+")
 
@@ -170,6 +176,13 @@ def scalar_text(value: Json) -> str | None:
     if isinstance(value, int | float):
         return str(value)
     return "null" if value is None else None
+
+
+def with_numbers(texts: frozenset[str]) -> frozenset[str]:
+    """Add what a Call's number is spelled as where a text writes it in another way: 1.0 is `1`."""
+    numbers = (float(text) for text in texts if _NUMBER.fullmatch(text))
+    spelled = {scalar_text(number) for number in numbers if math.isfinite(number)}
+    return texts | {text for text in spelled if text is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,8 +227,8 @@ class PathResolver:
 
         It need not exist yet: then its nearest existing folder is resolved and the rest are
         plain names. Spellings that a tool may read on its own (`~`, `file://`, `%2e`,
-        `\\`, `$`, a leading `-` or `|`) are refused, because it would open something else than was
-        judged.
+        `\\`, `$`, a leading `-` or `|`, and `*` or `?` in a name that nothing has) are refused,
+        because it would open something else than was judged.
         """
         start = self._start(_of_plain(text), text)
         count = self._longest_existing(start, text)
@@ -241,6 +241,7 @@ class PathResolver:
             missing = start.components[count:]
             if missing:
                 _refuse_taken(fd, missing[0], text)
+                _refuse_pattern(missing, text)
             if any(len(name.encode()) > 255 for name in missing):
                 raise Denied("a name in the path is too long", code="path.too_long")
         finally:
@@ -350,6 +351,13 @@ def _refuse_taken(folder_fd: int, name: str, text: str) -> None:
         raise _denied(error, text) from error
     os.close(fd)
     raise Denied("the path ends in a link to nothing", code="path.link")
+
+
+def _refuse_pattern(missing: list[str], text: str) -> None:
+    """Refuse what names nothing as it is, and other things to a tool that expands it (glob(7))."""
+    if any("*" in name or "?" in name for name in missing):
+        message = f"a tool may take this path for a pattern: {show(text)}"
+        raise Denied(message, code="path.ambiguous", hint="name one file")
 
 
 def _join(folder: str, name: str) -> str:

@@ -22,6 +22,8 @@ from .urls import UrlRefused, canonical_url
 MAX_ARGV: Final = 1024
 # The kernel's own bound on one argument string (MAX_ARG_STRLEN).
 MAX_ARGV_BYTES: Final = 128 << 10
+# Setting this member of an object in JavaScript gives it another prototype, whose members it has.
+_PROTOTYPE: Final = "__proto__"
 
 
 def open_document(
@@ -106,6 +108,10 @@ def _alike(given: Mapping[str, Json], signature: Signature) -> dict[str, tuple[s
     Go's encoding/json takes `Path` for `path` (https://pkg.go.dev/encoding/json#Unmarshal), so a
     server would use what no rule has looked at. Two such names in one Call are refused.
     """
+    if _PROTOTYPE in given:
+        # Object.assign makes its members those of the arguments (ECMA-262 section 20.1.2.1).
+        message = f"a tool may take members of {_PROTOTYPE} for arguments"
+        raise Denied(message, code=AMBIGUOUS)
     names: dict[str, str] = {}
     for name in given:
         if names.setdefault(name.casefold(), name) != name:

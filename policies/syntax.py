@@ -24,9 +24,10 @@ MAX_ENTRIES = 8192
 # LIMIT: the deepest form of the language is 8 levels.
 MAX_DEPTH = 16
 MAX_SCALAR_CHARACTERS = 4096
-# The line breaks of YAML 1.1.
-_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-_DIRECTIVE = re.compile("(?:\\A|[\n\r\x85\u2028\u2029])%")
+# What ends a line, so a comment, for YAML 1.1 but not for YAML 1.2 and most editors (YAML 1.2.2
+# section 5.4), and what shows a line in another order (UAX 9): a rule could look like a comment.
+_DECEPTIVE = re.compile("\r(?!\n)|[\x85\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_DIRECTIVE = re.compile("(?:\\A|\n)%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class _Open:
 def parse_syntax(data: bytes, *, name: str) -> Node:
     """Parse the bytes of a policy file; PolicyError says where and what to write instead."""
     text = _decode(data, name)
+    _refuse_deceptive(text, name)
     _refuse_directive(text, name)
     builder = _Builder(name)
     try:
@@ -138,11 +140,28 @@ def _decode(data: bytes, name: str) -> str:
     return text
 
 
+def _refuse_deceptive(text: str, name: str) -> None:
+    """Refuse a file that says one thing to who reads it and another to the parser."""
+    if text.isascii() and "\r" not in text:
+        return  # as nearly all are
+    found = _DECEPTIVE.search(text)
+    if found is None:
+        return
+    raise PolicyError(
+        f"the character U+{ord(found[0]):04X} makes lines look like others than they are",
+        file=name,
+        line=text.count("\n", 0, found.start()) + 1,
+        column=found.start() - text.rfind("\n", 0, found.start()),
+        code="policy.syntax",
+        hint="end lines with a line feed; in double quotes, write the character as \\uXXXX",
+    )
+
+
 def _refuse_directive(text: str, name: str) -> None:
     """Refuse a line that begins with %. The parser would hold each `%TAG` against all before it."""
     found = _DIRECTIVE.search(text)
     if found is not None:
-        line = len(_BREAK.findall(text, 0, found.end())) + 1
+        line = text.count("\n", 0, found.end()) + 1
         message, hint = "directives are not allowed", "remove the % line"
         raise PolicyError(message, file=name, line=line, column=1, code="policy.syntax", hint=hint)
 

@@ -17,6 +17,8 @@ from .globs import Glob, compile_components
 
 MAX_URL_CHARACTERS: Final = 8192
 MAX_HOST_CHARACTERS: Final = 253
+# RFC 1035 section 2.3.4.
+MAX_LABEL: Final = 63
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 # Names that lead to this machine or this network although they are names.
 _LOCAL_DOMAINS: Final = frozenset({"localhost", "local", "internal", "arpa", "lan", "onion"})
@@ -28,8 +30,7 @@ _WEB = re.compile(r"https?://([^/?#]*)([^?#]*)", re.IGNORECASE)
 _TRICK = re.compile(
     r"%(?:2e|2f|5c|3b|7f|[01][0-9a-f]|c[01]|e0%[89]|f0%8|u[0-9a-f])|/\.{1,2};", re.IGNORECASE
 )
-# LIMIT: how often a path may be encoded; one that is encoded more often is refused.
-_MAX_ENCODINGS: Final = 4
+_ESCAPE = re.compile(r"%[0-9a-f]{2}", re.IGNORECASE)
 _ENCODED_WILDCARD = re.compile(r"%(?:2a|3f)", re.IGNORECASE)
 _PARTS = re.compile(
     r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?(/[^?#]*)(?:\?([^#]*))?"
@@ -41,6 +42,10 @@ _CANONICAL = re.compile(
     r"/(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*/)*(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)?"
     r"(?:\?[A-Za-z0-9_=&.-]*)?"
 )
+# What a parser changes nothing of: a label that begins as no number and no encoded name does, and
+# a path without escapes, dots and what stands for other things in a URL.
+_PLAIN_LABEL = re.compile(r"[a-z][a-z0-9]*", re.ASCII)
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_*-]+(?:/[A-Za-z0-9_*-]+)*", re.ASCII)
 _IPV4 = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 
 
@@ -115,15 +120,17 @@ def _refuse_host(authority: str, host: str) -> None:
 
 
 def _hides_structure(path: str) -> bool:
-    """Tell whether a path holds structure that is encoded, once or again."""
-    for _ in range(_MAX_ENCODINGS):
-        if _TRICK.search(path):
-            return True
-        decoded = unquote(path, "latin-1") if "%" in path else path
-        if decoded == path:
-            return False
-        path = decoded
-    return True
+    """Tell whether a path holds structure that is encoded, or escapes that are encoded again.
+
+    A proxy decodes before the server does, and neither knows of the other, so that `/%2561` may be
+    `/a`: only one that means the same however often it is decoded is judged.
+    """
+    if _TRICK.search(path):
+        return True
+    if "%" not in path:
+        return False
+    once = unquote(path, "latin-1")
+    return _ESCAPE.search(once) is not None or _TRICK.search(once) is not None
 
 
 def decoded(path: str) -> str:
@@ -218,6 +225,8 @@ def _compile_authority(scheme: str, authority: str) -> tuple[tuple[str, ...], in
 
 
 def _ascii_host(scheme: str, host: str) -> str:
+    if len(host) <= MAX_LABEL and _PLAIN_LABEL.fullmatch(host):
+        return host
     try:
         href = canonical_url(f"{scheme}://{host}/")
     except UrlRefused as error:
@@ -237,8 +246,11 @@ def _compile_url_path(path: str) -> tuple[str, ...]:
         raise ValueError("has an encoded dot, slash or control character in its path")
     if _ENCODED_WILDCARD.search(path):
         raise ValueError("has an encoded * or ?, which would become a wildcard; write *")
+    joined = "/".join(components)
+    if _PLAIN_PATH.fullmatch(joined):
+        return (*components, "") if folder else components
     try:
-        written = ada_url.URL("https://host.example/" + "/".join(components)).pathname
+        written = ada_url.URL(f"https://host.example/{joined}").pathname
     except ValueError as error:
         raise ValueError("has a path that is not valid in a URL") from error
     judged = tuple(decoded(component) for component in written[1:].split("/"))

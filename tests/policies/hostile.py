@@ -260,6 +260,19 @@ def name_payloads() -> Iterator[bytes]:
         yield call_frame(name, {})
 
 
+def heavy_policies() -> Iterator[bytes]:
+    """Yield small files that were much work to load."""
+    # Long names that differ at their end alone, whose arguments clash if they meet.
+    kinds = ('{path: ["/a/**"]}', '{url: ["https://h.example/**"]}')
+    names = [f'"{"a*" * 55}{at:03d}": {{allow: {{x: {kinds[at % 2]}}}}}' for at in range(128)]
+    yield f"version: 1\ntools: {{{', '.join(names)}}}\n".encode()
+    # Expressions that become next to nothing, once they are compiled.
+    classes = r"\pL\PL" * 120
+    for expression in (f"(?i)[{classes}]", "(a{0,1000}){0}" * 60, "((" + r"\pL" * 300 + "){9}){0}"):
+        listed = f"{{allow: {{x: {{regex: '{expression}'}}}}}}, " * 900
+        yield f"version: 1\ntools: {{t: [{listed}]}}\n".encode()
+
+
 def policy_payloads() -> Iterator[bytes]:
     """Policy files that cost much or mean something else than they seem to."""
     yield b"".join(b"%%TAG !%x! a\n" % at for at in range(60_000)) + b"---\nversion: 1\n"
@@ -293,6 +306,7 @@ def policy_payloads() -> Iterator[bytes]:
     ]
     yield b"\n".join(rows)
     yield b"&a [*a]"
+    yield from heavy_policies()
     yield b"version: 1\nversion: 1\n"
     for value in (
         b"1.10",

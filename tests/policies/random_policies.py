@@ -226,7 +226,7 @@ ARGUMENTS: Mapping[str, tuple[list[Callable[[Random], Matching]], Sequence[Any]]
         ],
         TEXTS,
     ),
-    "n": ([literal([0, 1, 3, 5]), numbers], NUMBERS),
+    "n": ([literal([0, 1, 3, 5, "1.0", "2.50", "1e1", "-0"]), numbers], NUMBERS),
     "p": ([listing("path", PATH_PATTERNS)], PATHS),
     "u": ([listing("url", URL_PATTERNS)], URLS),
     "h": ([listing("host", HOST_PATTERNS)], HOSTS),

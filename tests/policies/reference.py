@@ -232,7 +232,7 @@ def matches(matching: Matching, value: Value, *, sure: bool) -> bool:
     if form == "any":
         return True
     if form == "in":
-        return spelled(value) in listed
+        return spelled(value) in (listed if sure else {*listed, *map(as_number, listed)})
     if form == "range":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         within = number and listed[0] <= value <= listed[1]
@@ -246,6 +246,13 @@ def matches(matching: Matching, value: Value, *, sure: bool) -> bool:
     if form == "text":
         return len(value.encode()) <= listed
     return any(LISTED[form](pattern, value) for pattern in listed) if listed != "any" else True
+
+
+def as_number(text: str) -> str | None:
+    """Spell what is a number in JSON as the number of a call is: `1.0` is `1`."""
+    plain = re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", text, re.ASCII)
+    whole = re.fullmatch(r"0|-?[1-9][0-9]*", text, re.ASCII)
+    return spelled(float(text)) if plain and not whole else None
 
 
 def spelled(value: Value) -> str | None:

@@ -31,7 +31,8 @@ shells = pytest.mark.skipif(not SHELLS, reason="neither dash nor bash is install
 _TOKENS = """
 a b c x 1 2 99 if time {x} HEAD~1 {} é ² ~ ~a = : , .. . # ! $ ` * ? [ ] ( ) { } - ^ % @ +
 < > >> 2> 2>&1 >&2 <& <> >| &> & | || && ; ;; ' " \\ '' "" 'q' "d" a= =~ :~ {a,b} {1..2} $'x'
-x#y #c a&&b
+x#y #c a&&b <#x >#x 2>#x 1\\> "2"> '1'> ²> 1> 12> a1>x {x}> 2{}> 2>&- 0< 1< x~ %~ -~ ~x ;&
+|& coproc [[ @( a+=1 a[1]= \\~ \\# 日本 \uff11 &
 """
 TOKENS = _TOKENS.split()
 LAYOUT = [" ", "\t", "\n", " \\\n", "\\\n", "\r", "\u00a0", "\v", "\f", "\u2028", "\u0301"]
