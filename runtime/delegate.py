@@ -11,14 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import anyio.to_thread
-
 from safeconduct.call import Bound, Call, Json, Outcome, Profile
 from safeconduct.errors import LimitExceeded
 from safeconduct.policies import Capability, Judged, Revocations, attenuate
 
 from .pipeline import Pipeline
 from .standing import Delegated, Standing
+from .threads import in_thread
 from .tools.task import Sink
 
 
@@ -48,7 +47,7 @@ class Delegate:
 
     async def acall(self, tool: str, /, **arguments: Json) -> Outcome:
         """Do what ``call`` does in a worker thread; see ``Runtime.acall``."""
-        return await anyio.to_thread.run_sync(lambda: self.call(tool, **arguments))
+        return await in_thread(self, lambda: self.call(tool, **arguments))
 
     def perform(self, call: Call, *, sink: Sink | None = None) -> Outcome:
         """Take a Call along the pipeline; an Outcome with a limit is returned, not raised."""

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-import anyio.to_thread
-
 from safeconduct.call import (
     Bound,
     Call,
@@ -44,6 +42,7 @@ from .sandbox.native import NativeSandbox
 from .sandbox.overlay import Recovery
 from .sandbox.shield import Shields
 from .standing import Standing
+from .threads import in_own_thread, in_thread
 from .tools.function import Functions
 from .tools.task import Sink
 
@@ -214,7 +213,7 @@ class Runtime:
 
         Cancelling ends the waiting, not the call: it runs to its end or limit and is recorded.
         """
-        return await anyio.to_thread.run_sync(lambda: self.call(tool, **arguments))
+        return await in_thread(self, lambda: self.call(tool, **arguments))
 
     def delegate(
         self,
@@ -282,4 +281,4 @@ class Runtime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await anyio.to_thread.run_sync(self.close)
+        await in_own_thread(self.close)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias, cast
 
@@ -36,6 +37,15 @@ _DIGITS_MAX = 1000
 _MEMBERS = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _METHOD = re.compile(r"[A-Za-z0-9_$.-]+(?:/[A-Za-z0-9_$.-]+)*", re.ASCII)
 _METHOD_CHARACTERS_MAX = 256
+_ANSWERS = frozenset({"result", "error"})
+_SPACE = re.compile(r"[ \t\r]*", re.ASCII)
+# LIMIT: members of a refused frame that are looked at for its id; a message has four.
+_MEMBERS_SALVAGED = 64
+_ESCAPES = {
+    "\x85".encode(): b"\\u0085",
+    "\u2028".encode(): b"\\u2028",
+    "\u2029".encode(): b"\\u2029",
+}
 _SEPARATORS = {
     b"\r": "a carriage return",
     "\x85".encode(): "U+0085",
@@ -139,37 +149,63 @@ def request_id(value: Json) -> Id:
 
 def salvage_id(frame: bytes) -> Id | None:
     """Return the id of a refused or cut frame, if its outermost level names exactly one."""
-    text = frame.decode("utf-8", "replace").strip()
+    return _salvage(frame)[0]
+
+
+def salvage_answered(frame: bytes) -> Id | None:
+    """Return the id of the request that a refused frame answers, if it answers one.
+
+    Ids of requests that a server makes are another space: its id 1 is not the client's.
+    """
+    number, keys = _salvage(frame)
+    return number if "method" not in keys and not keys.isdisjoint(_ANSWERS) else None
+
+
+def _salvage(frame: bytes) -> tuple[Id | None, set[str]]:
+    """Return the one id of the outermost level, and all of its keys up to where it breaks."""
     found: list[Json] = []
-    lenient, position = json.JSONDecoder(), 1
-    try:
-        while text[:1] == "{" and position < len(text):
-            key, position = lenient.raw_decode(text, _skip(text, position))
-            colon = _skip(text, position)
-            if text[colon] != ":":
-                break
-            value, position = lenient.raw_decode(text, _skip(text, colon + 1))
+    keys: set[str] = set()
+    with suppress(ValueError, IndexError, RecursionError):
+        for key, value in _outermost(frame.decode("utf-8", "replace").strip(), keys):
             found += [value] if key == "id" else []
-            position = _skip(text, position)
-            if text[position] != ",":
-                break
-            position += 1
-        return request_id(found[0]) if len(found) == 1 else None
-    except (ValueError, IndexError, RecursionError, ProtocolError):
-        return _only(found)
+    with suppress(ProtocolError):
+        return (request_id(found[0]) if len(found) == 1 else None), keys
+    return None, keys
 
 
-def _only(found: list[Json]) -> Id | None:
-    try:
-        return request_id(found[0]) if len(found) == 1 else None
-    except ProtocolError:
-        return None
+def _outermost(text: str, keys: set[str]) -> Iterator[tuple[str, Json]]:
+    """Yield the members of an object, read leniently; note each key before its value is read."""
+    lenient, position = json.JSONDecoder(), 1
+    for _ in range(_MEMBERS_SALVAGED if text[:1] == "{" else 0):
+        key, position = lenient.raw_decode(text, _skip(text, position))
+        position = _skip(text, position)
+        if text[position] != ":" or not isinstance(key, str):
+            return
+        keys.add(key)
+        value, position = lenient.raw_decode(text, _skip(text, position + 1))
+        yield key, value
+        position = _skip(text, position)
+        if text[position] != ",":
+            return
+        position += 1
 
 
 def _skip(text: str, position: int) -> int:
-    while text[position] in " \t\r":
-        position += 1
-    return position
+    space = _SPACE.match(text, position)
+    return space.end() if space else position
+
+
+def escape_separators(frame: bytes) -> bytes:
+    """Escape what some readers take for the end of a line and JSON allows raw in a text.
+
+    JSON.stringify and most other encoders write them as they are, so a file that holds one comes
+    so. Outside of a text an escape is no JSON, as the character was none.
+    """
+    if frame.isascii():
+        return frame
+    for separator, escape in _ESCAPES.items():
+        frame = frame.replace(separator, escape)
+    return frame
 
 
 def error_frame(number: Id | None, code: int, message: str) -> bytes:

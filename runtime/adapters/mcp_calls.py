@@ -32,6 +32,9 @@ _KEPT_BYTES = 64 << 10
 # are counted apart: a server need not answer what was cancelled, so those may pile up.
 _OPEN_MAX = 1024
 _CANCELLED_MAX = 4096
+# LIMIT: bytes of the frames of open Calls, and as many of cancelled ones: each is held with its
+# arguments until it is answered, by a server that need not answer.
+_HELD_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,16 +135,24 @@ class OpenCall:
     admitted: Admitted
     context: AbstractContextManager[Admitted]
     confinement: Confinement
+    frame_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
     @classmethod
     def admit(
-        cls, pipeline: Pipeline, context: AbstractContextManager[Admitted], within: Confinement
+        cls,
+        pipeline: Pipeline,
+        context: AbstractContextManager[Admitted],
+        within: Confinement,
+        frame_bytes: int,
     ) -> OpenCall:
         """Enter ``pipeline.admit``; raises as that does."""
         admitted = context.__enter__()
-        return cls(pipeline=pipeline, admitted=admitted, context=context, confinement=within)
+        return cls(
+            pipeline=pipeline, admitted=admitted, context=context, confinement=within,
+            frame_bytes=frame_bytes,
+        )  # fmt: skip
 
     def answered(self, message: Message, frame: bytes) -> None:
         """Record the Outcome that the server's response tells. Raises TraceInvalid."""
@@ -184,6 +195,7 @@ class OpenRequests:
         # None: held while it is judged, so that a server that guesses ids cannot answer it.
         self._open: dict[Id, OpenCall | Id | None] = {}
         self._cancelled: OrderedDict[Id, OpenCall | None] = OrderedDict()
+        self._open_bytes = self._cancelled_bytes = 0
         self._ended = False
 
     def hold(self, number: Id) -> None:
@@ -191,9 +203,10 @@ class OpenRequests:
         with self._lock:
             if number in self._open or number in self._cancelled:
                 raise ProtocolError("Refused: this id is in use.", code="mcp.id_reused")
-            if len(self._open) >= _OPEN_MAX:
+            if len(self._open) >= _OPEN_MAX or self._open_bytes >= _HELD_BYTES_MAX:
                 raise ProtocolError(
-                    f"Refused: {_OPEN_MAX} requests have no answer yet.", code="mcp.too_many_open"
+                    f"Refused: {len(self._open)} requests have no answer yet.",
+                    code="mcp.too_many_open",
                 )
             self._open[number] = None
 
@@ -208,37 +221,46 @@ class OpenRequests:
             if self._ended:
                 return False
             self._open[number] = number if call is None else call
+            self._open_bytes += _size(call)
             return True
 
     def take(self, number: Id) -> tuple[bool, OpenCall | None]:
         """Return whether a response with this id was asked for, and the Call it ends."""
         with self._lock:
             if number in self._cancelled:
-                return True, self._cancelled.pop(number)
-            found = self._open.get(number)
-            if found is None:
-                return False, None
-            del self._open[number]
-        return True, found if isinstance(found, OpenCall) else None
+                call = self._cancelled.pop(number)
+                self._cancelled_bytes -= _size(call)
+                return True, call
+            return self._taken(number)
 
-    def cancel(self, number: Id) -> OpenCall | None:
+    def cancel(self, number: Id) -> list[OpenCall]:
         """Note that the client waits no longer; id and Call stay open, as an answer may come.
 
-        Returns a Call to close: the one cancelled longest ago, where too many have no answer.
+        Returns Calls to close: those cancelled longest ago, where too many have no answer.
         """
         with self._lock:
-            found = self._open.get(number)
-            if found is None:
-                return None
-            del self._open[number]
-            call = found if isinstance(found, OpenCall) else None
+            asked, call = self._taken(number)
+            if not asked:
+                return []
             if call is not None:
                 call.cancelled = True
             self._cancelled[number] = call
-            if len(self._cancelled) <= _CANCELLED_MAX:
-                return None
-            # From here on its answer is dropped as one that nothing asked for.
-            return self._cancelled.popitem(last=False)[1]
+            self._cancelled_bytes += _size(call)
+            forgotten: list[OpenCall | None] = []
+            while len(self._cancelled) > _CANCELLED_MAX or self._cancelled_bytes > _HELD_BYTES_MAX:
+                # From here on its answer is dropped as one that nothing asked for.
+                forgotten.append(self._cancelled.popitem(last=False)[1])
+                self._cancelled_bytes -= _size(forgotten[-1])
+            return [call for call in forgotten if call is not None]
+
+    def _taken(self, number: Id) -> tuple[bool, OpenCall | None]:
+        found = self._open.get(number)
+        if found is None:
+            return False, None
+        del self._open[number]
+        call = found if isinstance(found, OpenCall) else None
+        self._open_bytes -= _size(call)
+        return True, call
 
     def end(self) -> tuple[dict[Id, OpenCall | None], list[OpenCall]]:
         """Take everything that is still open, and the Calls that were cancelled.
@@ -256,6 +278,10 @@ class OpenRequests:
             if found is not None
         }
         return still_open, cancelled
+
+
+def _size(call: OpenCall | None) -> int:
+    return 0 if call is None else call.frame_bytes
 
 
 def _bad(what: str) -> ProtocolError:

@@ -40,8 +40,10 @@ from .jsonrpc import (
     Id,
     Message,
     error_frame,
+    escape_separators,
     parse,
     request_id,
+    salvage_answered,
     salvage_id,
 )  # fmt: skip
 from .mcp_calls import (
@@ -60,6 +62,8 @@ SERVER_FRAME_BYTES_MAX = 16 << 20
 # A client waits 2 s between closing our stdin and SIGTERM (the mcp SDK does), so we ask for less.
 _GRACE_SECONDS = 1.0
 _JOIN_SECONDS = 2.0
+# LIMIT: how long a server that reads nothing is waited for once its client has hung up.
+_PATIENCE_SECONDS = 5.0
 _READ_BYTES = 64 << 10
 
 
@@ -95,6 +99,8 @@ class Proxy:
         self._pipeline, self._running, self._line = pipeline, running, line
         self._start, self._name = start, start.arguments["server"]
         self._note, self._events = note, events
+        # Our end alone: the server's is another open file description, pipe(7).
+        os.set_blocking(line.server_in, False)
         self._open = OpenRequests()
         self._caller = "mcp-client"
         self.client_left = False
@@ -252,7 +258,8 @@ class Proxy:
             parent=self._start.id,
         )
         context = self._pipeline.admit(call)
-        opened = OpenCall.admit(self._pipeline, context, self._running.confinement)
+        within = self._running.confinement
+        opened = OpenCall.admit(self._pipeline, context, within, len(frame))
         try:
             return opened, judged_frame(message, frame, opened.admitted)
         except ProtocolError as error:
@@ -266,8 +273,7 @@ class Proxy:
         ("Timing Considerations")
         """
         number = message.params.get("requestId")
-        forgotten = self._open.cancel(request_id(number))
-        if forgotten is not None:
+        for forgotten in self._open.cancel(request_id(number)):
             forgotten.failed(_cancelled())
 
     def _refuse_long(self, frame: TooLong) -> None:
@@ -288,7 +294,28 @@ class Proxy:
             self._answer(error_frame(number, code, f"{error.message} [{error.code}]"))
 
     def _forward(self, frame: bytes) -> None:
-        _write(self._line.server_in, frame)
+        view = memoryview(frame)
+        while view:
+            try:
+                view = view[os.write(self._line.server_in, view) :]
+            except BlockingIOError:
+                self._wait_for_server()
+
+    def _wait_for_server(self) -> None:
+        """Wait until the server takes more. A client that hung up meanwhile has left.
+
+        Nobody reads the client's line now, so its end would go unseen for as long as a server
+        pleases. poll(2) tells of it also where something is still to be read.
+        """
+        taking, either = select.poll(), select.poll()
+        for poll in (taking, either):
+            poll.register(self._line.server_in, select.POLLOUT)
+        either.register(self._line.client_in, select.POLLRDHUP)
+        if self._line.server_in in dict(either.poll()):
+            return
+        if not taking.poll(_PATIENCE_SECONDS * 1000):
+            self._events.put(Left.CLIENT)
+            taking.poll()
 
     # -- from the server ---------------------------------------------------------------------
 
@@ -306,10 +333,12 @@ class Proxy:
         return Left.SERVER
 
     def _server_frame(self, frame: bytes) -> None:
+        frame = escape_separators(frame)
         try:
             message = parse(frame)
         except ProtocolError as error:
             self._note(f"server: dropped a frame. {error.message} [{error.code}]")
+            self._refuse_answer(salvage_answered(frame), error)
             return
         if message.method is None and message.id is not None:
             asked, call = self._open.take(message.id)
@@ -319,6 +348,17 @@ class Proxy:
             if call is not None:
                 call.answered(message, frame)
         self._answer(frame)
+
+    def _refuse_answer(self, number: Id | None, error: ProtocolError) -> None:
+        """Tell the client that its answer was refused: it would wait for it for ever."""
+        asked, call = (False, None) if number is None else self._open.take(number)
+        if not asked:
+            return
+        if call is not None:
+            message = "The server's answer is not one plain message."
+            call.failed(ToolFailed(message, code="mcp.bad_answer"))
+        text = f"The server's answer is refused. {error.message} [{error.code}]"
+        self._answer(error_frame(number, SERVER_ERROR, text))
 
     def _answer(self, frame: bytes) -> None:
         """Write to the client; a client that is gone is noticed by its closed stdin."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 _READ_BYTES = 8 << 10
 # LIMIT: bytes at once, and per second after that.
@@ -23,21 +24,21 @@ def relay(source: int, target: int, name: str, clock: Callable[[], float] = time
         now = clock()
         allowance = min(float(_BURST_BYTES), allowance + (now - last) * _RATE_BYTES)
         last = now
-        if len(data) > allowance:
-            dropped += len(data)
-            continue
-        allowance -= len(data)
-        if dropped:
-            _say(target, name, f"[{dropped} bytes left out]".encode())
-            dropped = 0
         *lines, pending = (pending + data).split(b"\n")
         if len(pending) >= _READ_BYTES:
             lines, pending = [*lines, pending], b""
         for line in lines:
-            _say(target, name, line)
+            # What is written counts: an empty line costs a name, an escape four times its byte.
+            if len(name) + len(line) > allowance:
+                dropped += len(line) + 1
+                continue
+            said = [f"[{dropped} bytes left out]".encode(), line] if dropped else [line]
+            text = b"".join(_line(name, one) for one in said)
+            allowance, dropped = allowance - len(text), 0
+            _write(target, text)
     if pending or dropped:
         left_out = f" [{dropped} bytes left out]" if dropped else ""
-        _say(target, name, pending + left_out.encode())
+        _write(target, _line(name, pending + left_out.encode()))
 
 
 def harmless(text: str) -> str:
@@ -50,9 +51,11 @@ def harmless(text: str) -> str:
     )
 
 
-def _say(target: int, name: str, line: bytes) -> None:
-    text = f"{name}| {harmless(line.decode('utf-8', 'backslashreplace'))}\n"
-    try:
-        os.write(target, text.encode())
-    except OSError:
-        return
+def _line(name: str, line: bytes) -> bytes:
+    return f"{name}| {harmless(line.decode('utf-8', 'backslashreplace'))}\n".encode()
+
+
+def _write(target: int, text: bytes) -> None:
+    with suppress(OSError):
+        while text:
+            text = text[os.write(target, text) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,12 +35,16 @@ def new_file(path: Path) -> Generator[BinaryIO]:
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
-        # link(2), unlike rename(2), replaces nothing that came meanwhile.
-        os.link(temporary, path)
+            file.flush()
+            # A link, unlike rename(2), replaces nothing that came meanwhile. And it is one to what
+            # we wrote, whatever somebody else who may write here has given our name to by now:
+            # only with a folder, here an unused one, does os.link follow /proc's, linkat(2).
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint="name a file you can write") from error
     finally:
-        os.unlink(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def write_new(path: Path, data: bytes) -> None:

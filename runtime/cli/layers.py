@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from safeconduct.call import Limits, Tier
 from safeconduct.errors import Error
 from safeconduct.runtime.places import Places
-from safeconduct.runtime.sandbox import causes, delegation, executable, shortfall
+from safeconduct.runtime.sandbox import causes, delegation, executable, share, shortfall
 from safeconduct.runtime.sandbox.causes import Cause
 from safeconduct.runtime.sandbox.interpreter import interpreter
 from safeconduct.runtime.sandbox.machine import LANDLOCK_ABI_ALONE
@@ -187,7 +187,8 @@ def _seccomp(facts: Facts, *, used: bool) -> Layer:
 
 
 def _cgroups(found: Cgroups | None) -> Layer:
-    weaker = "; until then memory, and in tier landlock pids, hold per process"
+    weaker = "; until then memory, and in tier landlock pids, hold per process, and what puts a "
+    weaker += f"long call behind others is {share.means(None)}"
     if found is None:
         cause = delegation.why_none()
         return _layer("cgroups", Cause(note=cause.note + weaker, get=cause.get), used=False)
@@ -198,6 +199,7 @@ def _cgroups(found: Cgroups | None) -> Layer:
         cause = Cause(note=error.message + weaker, get="let this process write its own cgroup")
         return _layer("cgroups", cause, used=False)
     note = f"v{found.version}: {controllers}; limits hold for whole process trees"
+    note += f"; what puts a long call behind others: {share.means(found)}"
     return _layer("cgroups", None, used=True, note=note)
 
 

@@ -39,8 +39,6 @@ _BATCH, _PAUSE_SECONDS = 16, 0.008
 _BACKLOG_MAX = 512
 # LIMIT: closed templates whose cgroups are looked for again when another one is closed.
 _ENDED_MAX = 8
-# LIMIT: a tree that forks while it is moved is moved again, so often.
-_MOVES_MAX = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +48,8 @@ class Cgroup:
     version: int
     folders: Mapping[str, Path]
     accounts: Accounts = field(default_factory=Accounts)
+    # Its cpu cgroup of version 1, once it has computed for long.
+    apart: Path | None = None
 
     @property
     def procs(self) -> Sequence[str]:
@@ -87,7 +87,7 @@ class Cgroup:
         """Remove the folders; False while a process is still leaving."""
         self.accounts.close()
         try:
-            for folder in set(self.folders.values()):
+            for folder in {*self.folders.values(), *([self.apart] if self.apart else ())}:
                 # An interrupt may have come before all of them were made.
                 with suppress(FileNotFoundError):
                     os.rmdir(folder)
@@ -218,35 +218,11 @@ class Cgroups:
             cgroup.kill()
             self._used.append((name, cgroup))
 
-    def give_way(self, cgroup: Cgroup) -> bool:
-        """Leave a call that computes for long the share of one call, however many tasks it has.
-
-        sched(7), autogroups: each session has a share of its own, and a program makes as many
-        sessions as it likes. False where no cpu controller is delegated.
-        """
-        if self.version == 2:
-            return os.path.exists(f"{cgroup.folders['memory']}/cpu.weight")
-        if self.cpu_base is None or "cpu" in cgroup.folders:
-            return "cpu" in cgroup.folders
-        folder = self.cpu_base / cgroup.folders["memory"].name
-        # Known before it exists, as in `make`.
-        cgroup.folders = {**cgroup.folders, "cpu": folder}
-        try:
-            os.mkdir(folder)
-        except OSError:
-            return False
-        moved: set[int] = set()
-        for _ in range(_MOVES_MAX):
-            new = set(cgroup.members()) - moved
-            if not new:
-                break
-            for pid in new:
-                # ESRCH: it has ended. A stranger that has its number by now would be moved back
-                # by nobody, but loses nothing: the share is that of any session.
-                with suppress(OSError):
-                    _write(f"{folder}/cgroup.procs", b"%d" % pid)
-            moved |= new
-        return True
+    def rejoin(self, cgroup: Cgroup) -> None:
+        """Remove what was made apart for a call that the launcher made the cgroup of. Its end."""
+        if cgroup.apart is not None:
+            left = Cgroup(version=self.version, folders={"cpu": cgroup.apart})
+            self._retire(cgroup.apart.name, left)
 
     def close(self) -> None:
         """Remove everything made here, waiting a bounded time for the kernel.
@@ -282,7 +258,8 @@ class Cgroups:
 
     def _made_for_us(self, pattern: str) -> list[tuple[str, Cgroup]]:
         """Find what the launcher made under our names and was killed before it removed."""
-        found = [folder for base in set(self.bases.values()) for folder in base.glob(pattern)]
+        bases = {*self.bases.values(), *([self.cpu_base] if self.cpu_base else ())}
+        found = [folder for base in bases for folder in base.glob(pattern)]
         return [(f.name, Cgroup(version=self.version, folders={"left": f})) for f in found]
 
 
@@ -344,7 +321,8 @@ def _handing_down(base: Path, root: Path) -> Cgroups | None:
             continue
         writable = os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK)
         if {"memory", "pids"} <= set(handed_down) and writable:
-            return Cgroups(2, {"memory": folder, "pids": folder})
+            shared = folder if "cpu" in handed_down else None
+            return Cgroups(2, {"memory": folder, "pids": folder}, shared)
     return None
 
 

@@ -19,7 +19,7 @@ from safeconduct.call import (
 )
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
-from . import bounds, cgroup, cgroup_plan, machine, seccomp, shortfall
+from . import bounds, cgroup, cgroup_plan, machine, seccomp, share, shortfall
 from .capture import Capture, Sink
 from .channel import STALE, encode
 from .launcher import Launcher
@@ -368,6 +368,8 @@ class NativeSandbox:
             layers = [*NAMESPACE_LAYERS, *layers]
         if self._cgroups is not None:
             layers.append(f"cgroup-v{self._cgroups.version}")
+        if watched:
+            layers.append(share.means(self._cgroups))
         if machine.is_root():
             layers.append("own-uid")
         in_cgroup = self._cgroups is not None

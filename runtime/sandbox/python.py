@@ -22,7 +22,7 @@ import msgspec
 from safeconduct.call import Confinement, Json, Outcome, Profile, Tier
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
-from . import bounds, cgroup, python_call
+from . import bounds, cgroup, python_call, share
 from .native import NativeSandbox
 from .python_link import Hand, Zygote
 from .python_place import Place
@@ -162,7 +162,10 @@ class PythonEngine:
         held = bounds.held(
             profile.limits, tier, in_cgroup=self._groups is not None, direct=bool(profile.write)
         )
-        return replace(promised, layers=(*promised.layers, layer), held=held)
+        # Without a cgroup nobody looks at how much a fork computes.
+        unseen = share.WITHOUT_CGROUP if layer == "python-fork" else ()
+        layers = (name for name in promised.layers if name not in unseen)
+        return replace(promised, layers=(*layers, layer), held=held)
 
     def _warm(self, place: Place) -> _Warm | None:
         """Return the zygote of a place, started if need be; None where there can be none."""

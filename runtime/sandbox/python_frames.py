@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NoReturn, cast
+from typing import Annotated, NoReturn, TypeAlias, cast
 
 import msgspec
 
@@ -17,6 +17,11 @@ _DEPTH_MAX, _NODES_MAX = 32, 10_000
 _INTEGER_MAX = (1 << 53) - 1
 _DIGITS_MAX = 20
 _NAME_CHARACTERS_MAX, _TEXT_CHARACTERS_MAX = 100, 500
+# What a trace can hold, in bytes where it is told in KiB; and wait(2), signal(7), errno(3).
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_INTEGER_MAX >> 10)]
+_Code: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_Signal: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=64)]
+_Errno: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=4095)]
 
 
 class Ready(msgspec.Struct, tag_field="type", tag="ready", forbid_unknown_fields=True):
@@ -36,16 +41,16 @@ class Unable(msgspec.Struct, tag_field="type", tag="unable", forbid_unknown_fiel
     """The kernel refused a step of the confinement."""
 
     step: str
-    errno: int
+    errno: _Errno
 
 
 class Ended(msgspec.Struct, tag_field="type", tag="ended", forbid_unknown_fields=True):
     """A fork and all its processes are gone."""
 
-    code: int | None
-    signal: int | None
-    cpu_us: int
-    peak_rss_kib: int
+    code: _Code | None
+    signal: _Signal | None
+    cpu_us: _Count
+    peak_rss_kib: _Count
 
 
 class Done(msgspec.Struct, tag_field="type", tag="done", forbid_unknown_fields=True):

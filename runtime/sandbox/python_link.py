@@ -30,6 +30,7 @@ from .native import NativeSandbox, Program
 from .python_place import Place, walls, zygote_limits
 from .refused import Refusals
 from .running import Running
+from .share import in_cgroup
 from .watch import Watch
 
 START_SECONDS = 60.0
@@ -202,9 +203,9 @@ class Zygote:
         profile = self.place.profile
         if group is None or self._groups is None:
             return Watch(profile.limits, profile.write)
-        give_way = partial(self._groups.give_way, group)
+        share = in_cgroup(self._groups, group)
         return Watch(
-            profile.limits, profile.write, group.charge, members=group.members, give_way=give_way
+            profile.limits, profile.write, group.charge, members=group.members, share=share
         )
 
 

@@ -238,6 +238,8 @@ class Talk:
             exceeded, self._printed = watch.check(now, self._printed), False
             if exceeded:
                 self._stop(exceeded)
+        if self._stopping:
+            watch.end()
         until = self._deadline if self._stopping else min(self._look, self._deadline)
         return max(0.0, until - now)
 

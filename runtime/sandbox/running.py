@@ -18,7 +18,7 @@ from safeconduct.call import (
 )
 from safeconduct.errors import Error, SandboxFailed, ToolFailed
 
-from . import bounds, cgroup_plan, shortfall
+from . import bounds, cgroup_plan, share, shortfall
 from .accounts import Charge
 from .capture import GRACE_SECONDS
 from .cgroup import Cgroup, Cgroups
@@ -99,13 +99,16 @@ class Running:
         roots = [*(self.profile.write if direct else ())]
         if self.confinement.tier is Tier.LANDLOCK:
             roots.append(self.scratch)
+        limits = self.profile.limits
+        part = share.of_call(self.cgroups, self._opened, self.waiting.init, limits.pids)
         if self.cgroups is None:
-            return Watch(self.profile.limits, roots)
+            return Watch(limits, roots, share=part)
         return Watch(
-            self.profile.limits,
+            limits,
             roots,
             lambda: self._opened().charge(),
             members=lambda: self._opened().members(),
+            share=part,
         )
 
     def outcome(
@@ -178,6 +181,8 @@ class Running:
                 self.layers.close()
             if self._cgroup is not None:
                 self._cgroup.accounts.close()
+                if self.cgroups is not None:
+                    self.cgroups.rejoin(self._cgroup)
             self.pool.give_back(self.waiting)
             self.scratches.remove(self.waiting.scratch)
         if not ended:

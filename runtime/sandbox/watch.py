@@ -21,6 +21,7 @@ from safeconduct.call import Limits
 from . import deep
 from .cgroup import Charge
 from .growth import Grown, Walk
+from .share import Share
 
 # (until so many seconds of the call, look every so many seconds)
 _INFINITE = float("inf")
@@ -32,12 +33,11 @@ _SLICE_SECONDS, _SOUGHT_SECONDS = 0.005, 0.05
 _SOUGHT_REST_SECONDS = 0.02
 # LIMIT: a walk that nothing calls for takes a fiftieth of the time, and comes after two seconds.
 _WALK_SECONDS, _WALK_REST = 2.0, 50
-# A program whose forks are refused gives up or waits; one that goes on so often is a bomb.
-_REFUSED_FORKS_MAX = 1000
+# A program whose forks are refused gives up or waits; one that goes on, twice for each process it
+# may have within these bounds, is a bomb.
+_REFUSED_FORKS_MIN, _REFUSED_FORKS_MAX = 100, 1000
 # Less of one processor than this is not work: a program that waits wakes up now and then.
 _IDLE_CPU_SHARE = 0.01
-# From here on a call has the share of one call, however many tasks it makes.
-_LONG_CPU_US = 100_000
 # Times of files come from a clock that may be one tick behind, CONFIG_HZ=100.
 _CLOCK_TICK_NS = 20_000_000
 # A folder's name may lead elsewhere, or nowhere, as soon as a program closes one above it.
@@ -54,17 +54,19 @@ class Watch:
         charge: Callable[[], Charge] | None = None,
         *,
         members: Callable[[], Sequence[int]] | None = None,
-        give_way: Callable[[], object] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Note how full the file systems of ``roots`` (writable, without an overlay) are now.
 
         ``charge`` reads the call's cgroup and ``members`` lists its processes, where there is one;
-        ``give_way`` is called once, when the call has computed for long.
+        ``share`` is its part of the processors.
         """
         self._limits = limits
         self._charge = charge
         self._members = members
-        self._give_way = give_way
+        self._share = share
+        # How many forks of the call were refused so far.
+        self._refused = 0
         self._begun = self._quiet_since = time.monotonic()
         self._begun_ns = time.time_ns() - _CLOCK_TICK_NS
         self._quiet_cpu_us = 0
@@ -86,15 +88,25 @@ class Watch:
         """How long to wait until the next look."""
         if self._walk is not None and self._grown.sought:
             return _SOUGHT_REST_SECONDS
+        if self._refused:
+            return _INTERVALS[0][1]
         return next(interval for until, interval in _INTERVALS if self._age < until)
 
     def check(self, now_seconds: float, output_seen: bool) -> str | None:
         """Name the limit that the call exceeds, if any. ``now_seconds`` is time.monotonic()."""
         self._age = now_seconds - self._begun
         exceeded = self._by_account(now_seconds, output_seen) if self._charge else None
+        if self._charge is None and self._share is not None:
+            self._share.look(now_seconds)
         if exceeded is None and self._unseen:
             return "disk"
         return exceeded or (self._by_growth(now_seconds) if self._before else None)
+
+    def end(self) -> None:
+        """Note that the call is being ended."""
+        share, self._share = self._share, None
+        if share is not None:
+            share.end()
 
     def flatten(self) -> None:
         """Bring what the call, which is over, nested too deep to where it can be removed."""
@@ -122,17 +134,17 @@ class Watch:
 
     def _by_account(self, now_seconds: float, output_seen: bool) -> str | None:
         charge = self._charge() if self._charge else Charge()
-        if (charge.refused_forks or 0) > _REFUSED_FORKS_MAX:
+        refused, self._refused = self._refused, charge.refused_forks or 0
+        most = min(max(_REFUSED_FORKS_MIN, 2 * self._limits.pids), _REFUSED_FORKS_MAX)
+        if self._refused > most:
             return "pids"
         cpu_us = charge.cpu_us
         if cpu_us is None:
             return None
         if self._limits.cpu_ms is not None and cpu_us >= self._limits.cpu_ms * 1000:
             return "cpu"
-        # Moving a tree whose forks are being refused stalls every fork on the machine.
-        if self._give_way and cpu_us > _LONG_CPU_US and not charge.refused_forks:
-            give_way, self._give_way = self._give_way, None
-            give_way()
+        if self._share:
+            self._share.look(now_seconds, cpu_us, refused=self._refused > refused)
         quiet = now_seconds - self._quiet_since
         if output_seen or cpu_us - self._quiet_cpu_us > quiet * 1e6 * _IDLE_CPU_SHARE:
             self._quiet_since, self._quiet_cpu_us = now_seconds, cpu_us

@@ -297,22 +297,3 @@ def test_close_removes_what_was_never_retired() -> None:
     assert all(standing(one) for one in made)
     found.close()
     assert not any(standing(one) for one in made)
-
-
-def test_a_call_that_computes_for_long_has_one_share(real: Cgroups) -> None:
-    one = real.make(Limits())
-    sessions = "for i in 1 2 3; do setsid -f sleep 60; done; exec sleep 60"
-    process = inside(one, "sh", "-c", sessions)
-    try:
-        deadline = time.monotonic() + 5
-        while len(one.members()) < 4:
-            assert time.monotonic() < deadline
-        if not real.give_way(one):
-            pytest.skip("needs a delegated cpu controller")
-        if real.version == 1:
-            apart = (one.folders["cpu"] / "cgroup.procs").read_text().split()
-            assert sorted(map(int, apart)) == sorted(one.members())
-    finally:
-        real.retire(one)
-        process.wait()
-    assert gone(one)

@@ -147,6 +147,8 @@ def test_a_public_name_that_leads_to_loopback_is_refused(
         "100::1",
         "192.88.99.1",
         "::ffff:192.88.99.1",
+        "168.63.129.16",
+        "::ffff:168.63.129.16",
     ],
 )
 def test_no_private_address_hides_behind_a_name(address: str) -> None:

@@ -373,15 +373,15 @@ def test_cancelled_calls_are_bounded_and_the_oldest_is_closed(
     monkeypatch.setattr(mcp_calls, "_CANCELLED_MAX", 2)
     monkeypatch.setattr(mcp_calls, "_OPEN_MAX", 1)
     requests, calls = OpenRequests(), [open_call([]) for _ in range(3)]
-    forgotten: list[OpenCall | None] = []
+    forgotten: list[list[OpenCall]] = []
     for number, call in enumerate(calls):
         requests.hold(number)  # what was cancelled takes no place among the open
         assert requests.forwarding(number, call)
         forgotten.append(requests.cancel(number))
-    assert forgotten == [None, None, calls[0]]
+    assert forgotten == [[], [], [calls[0]]]
     assert requests.take(0) == (False, None)
     assert requests.take(1) == (True, calls[1])
-    assert requests.cancel(1) is None
+    assert requests.cancel(1) == []
     assert requests.end() == ({}, [calls[2]])
     assert requests.take(2) == (False, None)
 
@@ -395,7 +395,7 @@ def test_an_error_that_answers_a_cancelled_call_is_its_cancelling(
     requests.hold(1)
     requests.forwarding(1, call)
     if cancelled:
-        assert requests.cancel(1) is None
+        assert requests.cancel(1) == []
     frame = b'{"jsonrpc":"2.0","id":1,"error":{"code":0,"message":"Request cancelled"}}'
     assert requests.take(1) == (True, call)
     call.answered(parse(frame), frame)

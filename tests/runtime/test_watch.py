@@ -129,14 +129,6 @@ def test_idle_is_neither_printing_nor_computing() -> None:
     assert watch.check(now + 3.4, output_seen=False) == "idle"
 
 
-def test_a_long_call_gives_way_once() -> None:
-    told: list[bool] = []
-    watch = Watch(Limits(), [], lambda: Charge(cpu_us=200_000), give_way=lambda: told.append(True))
-    for _ in range(3):
-        watch.check(time.monotonic(), output_seen=False)
-    assert told == [True]
-
-
 def end(code: int | None = 0, sign: int | None = None, *, wall: bool = False) -> Exit:
     return Exit(code=code, signal=sign, wall_limit=wall, wall_us=1, cpu_us=1, peak_rss_kib=1)
 
