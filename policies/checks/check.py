@@ -22,6 +22,7 @@ from .reach import added_calls, folders_outside, reach_of_rules, runners, shown
 from .rules import (
     broad,
     empty,
+    literal_patterns,
     narrowed_away,
     no_engine,
     no_overlay,
@@ -65,6 +66,7 @@ def _findings(policy: Judged) -> tuple[Finding, ...]:
     found: set[Finding] = set()
     for part in policy.parts:
         found |= {*folders_outside(part), *added_calls(part), *empty(part), *unmarked(part)}
+        found |= {*literal_patterns(part)}
         for view in _views(part):
             found |= {*_of_view(view)}
             if view.role is not None:

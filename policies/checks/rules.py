@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from safeconduct.call import Effect, Engine, Profile, WorkspaceMode
 from safeconduct.policies.binding import Rule, ToolRules
 from safeconduct.policies.lattice.rules import Scope
+from safeconduct.policies.match import Literals, Matcher, spell
+from safeconduct.policies.match_text import Excluding
 from safeconduct.policies.rules import Policy
 from safeconduct.policies.syntax import Position
 
@@ -21,6 +24,10 @@ _WITHOUT_SESSION: Final = _WITHOUT_OVERLAY | {"fs.read", "fs.list"}
 _NATIVE_ONLY: Final = frozenset(["agent.run", "shell.run", "python.run"])
 # LIMIT: pairs of rules of one tool that are compared; above it, only equal ones are found.
 _PAIRS_MAX: Final = 20_000
+# What is written as a path, a URL, a host or an address is: hardly the text itself.
+_PATTERN: Final = re.compile(
+    r"\$WS(?:/|\Z)|(?:.*/)?\*\*(?:/|\Z)|[a-z+]+://.*\*|/.*\*|\*@|\*\*?\.", re.DOTALL
+)
 
 
 def no_overlay(policy: Policy, name: str, tool: ToolRules) -> Iterator[Finding]:
@@ -108,6 +115,23 @@ def narrowed_away(parts: Sequence[Policy]) -> Iterator[Finding]:
                     message = f"{rule.id} never grants: it is within {what}, which grants no {name}"
                     fix = "grant it there too, or remove this rule"
                     yield at(rule, Level.ERROR, "check.unreachable", message, fix)
+
+
+def literal_patterns(policy: Policy) -> Iterator[Finding]:
+    """Find bare words that look like patterns and are the text itself: nothing says otherwise."""
+    for rule in policy.every_rule():
+        level = Level.WARNING if rule.effect is Effect.ALLOW else Level.ERROR
+        for name, matcher in (rule.restricting or rule.matchers or {}).items():
+            for text in sorted(text for text in _texts(matcher) if _PATTERN.match(text)):
+                message = f"{rule.id} takes {spell(text)} for the very text of {name}"
+                fix = f"write {name}: {{path: […]}}, or url, host or email, as it is meant"
+                yield at(rule, level, "check.literal_pattern", message, fix)
+
+
+def _texts(matcher: Matcher) -> frozenset[str]:
+    if isinstance(matcher, Excluding):
+        return _texts(matcher.base) | _texts(matcher.exclude)
+    return matcher.texts if isinstance(matcher, Literals) else frozenset()
 
 
 def empty(policy: Policy) -> Iterator[Finding]:

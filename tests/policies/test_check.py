@@ -146,6 +146,31 @@ def test_grants_by_wildcard_that_are_too_broad(rule: str, found: bool) -> None:
     assert (("check.broad_wildcard", 3) in findings(f"tools:\n  {rule}\n")) is found
 
 
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ("path: ['$WS/secret/**']", True),
+        ("path: ['**/.env']", True),
+        ("path: [/etc/*]", True),
+        ("url: ['https://a.example/**']", True),
+        ("to: ['*@corp.example']", True),
+        ("host: ['*.corp.example']", True),
+        ("x: {in: [a, '$WS/secret'], not: [a]}", True),
+        ("path: {path: ['$WS/secret/**']}", False),
+        ("columns: ['*']", False),
+        ("cost: ['$WSX', $5, '*/5 * * * *', 'a*b']", False),
+    ],
+)
+def test_a_pattern_that_is_the_text_itself(argument: str, found: bool) -> None:
+    rule = "tools:\n  files.read: [{allow: any}, {%s: {%s}}]\n"
+    codes = [code for code, _ in findings(rule % ("deny", argument))]
+    assert codes == ["check.literal_pattern"] * found
+    granted = check_policy(parse(rule % ("allow", argument)))
+    assert all(one.level == "warning" for one in granted)
+    # Our own tools say what their arguments are.
+    assert findings("tools:\n  fs.read: {allow: {path: ['$WS/**']}}\n") == []
+
+
 def test_a_role_within_one_that_grants_less() -> None:
     text = (
         "roles:\n"
