@@ -21,6 +21,7 @@ from safeconduct.attestation import (
 from safeconduct.attestation import folder as folder_module
 from safeconduct.attestation.privacy.opened import Opening
 from safeconduct.attestation.privacy.openings import INLINE_BYTES
+from safeconduct.attestation.writing import journal_writer
 from safeconduct.attestation.writing.checkpointing import Checkpointing
 from safeconduct.call import Durability, EntryKind
 from safeconduct.errors import Exit, TraceInvalid
@@ -155,6 +156,24 @@ def check_recovered(bench: Bench, acknowledged: list[str], site: str) -> None:
     }
     for call in acknowledged:
         assert isinstance(found.get(call), Opening), (site, call, found.get(call))
+
+
+def test_a_disk_that_sets_nothing_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal then grows with each write, and all else is as it was."""
+    asked: list[int] = []
+
+    def refused(_fd: int, _at: int, size_bytes: int) -> bool:
+        asked.append(size_bytes)
+        return False
+
+    monkeypatch.setattr(journal_writer, "allocate", refused)
+    bench, acknowledged = fresh(tmp_path / "full"), list[str]()
+    signer = bench.signer()
+    work(bench, signer, acknowledged)
+    signer.close()
+    # Asked once for each file: a disk that has nothing to give is not asked again.
+    assert 1 <= len(asked) <= 2
+    check_recovered(bench, acknowledged, "fallocate")
 
 
 def test_a_disk_that_fails_during_recovery(tmp_path: Path) -> None:
