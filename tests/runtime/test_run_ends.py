@@ -19,12 +19,16 @@ import pytest
 from safeconduct.errors import Exit
 from safeconduct.runtime.cli.signals import Forwarding
 
-RULES = "[{allow: {argv: [sh, ...]}}, {allow: {argv: [dash, ...]}, profile: busy}]"
+RULES = (
+    "[{allow: {argv: [sh, ...]}}, {allow: {argv: [dash, ...]}, profile: busy}, "
+    "{allow: {argv: [env, ...]}, profile: patient}]"
+)
 POLICY = f"""\
 version: 1
 profiles:
   base: {{read: ["$WS/**"], write: ["$WS/**"], limits: {{wall: 2s}}}}
   busy: {{like: base, limits: {{wall: 30s, cpu: 300ms}}}}
+  patient: {{like: base, limits: {{wall: 60s}}}}
 tools: {{agent.run: {RULES}, shell.run: {RULES}}}
 """
 # LIMIT: seconds for one command; a hang must fail the test, not stop the suite.
@@ -113,8 +117,8 @@ def test_limits_hold_while_nobody_reads(
 
 class TestSignals:
     def test_the_third_leaves_while_nobody_reads(self, desk: Desk, unread: tuple[int, int]) -> None:
-        words = desk.words("run", "dash", "-c", "trap '' TERM; echo up; yes & wait; sleep 30")
-        with desk.begun(words, unread[1]) as process:
+        script = "trap '' TERM; echo up; yes & wait; sleep 60"
+        with desk.begun(desk.words("run", "env", "dash", "-c", script), unread[1]) as process:
             await_full(unread[1])
             for _ in range(3):
                 process.send_signal(signal.SIGTERM)
