@@ -179,24 +179,38 @@ class _Comparison:
         listed = self._old.trace.is_irreversible(tool)
         marked = [rule for rule in self._allow.all + self._ask.all if rule.irreversible]
         for was in self._was_granted.all:
-            if not (listed or was.irreversible):
-                continue
-            # Whatever of the rules that grant a Call says so, it is.
-            if any(self._scope.grant_covers(rule, was) for rule in marked):
+            # An ask marks also what it does not grant; the list of the trace what any rule grants.
+            asked = was.irreversible and was.effect is Effect.ASK
+            if not (listed or was.irreversible) or any(
+                self._counts_all(rule, was, asked=asked) for rule in marked
+            ):
                 continue
             for grant in self._grants:
-                if not self._scope.apart(grant, was, grants=True) and not any(
-                    self._scope.grant_covers(rule, grant) for rule in marked
+                if not self._scope.apart(grant, was, grants=not asked) and not any(
+                    self._counts(rule, grant, was if asked else None) for rule in marked
                 ):
                     yield Doubt(code="diff.reversible", rule=grant, focus=was)
 
+    def _counts_all(self, rule: Rule, was: Rule, *, asked: bool) -> bool:
+        """Tell whether a rule counts or marks all that an old one did, whatever grants it."""
+        if asked:
+            return rule.effect is Effect.ASK and self._scope.restriction_covers(rule, None, was)
+        return self._scope.grant_covers(rule, was)
+
+    def _counts(self, rule: Rule, grant: Rule, ask: Rule | None) -> bool:
+        """Tell whether a rule counts or marks all Calls of a grant that an old ``ask`` asked of."""
+        if rule.effect is Effect.ASK and self._scope.restriction_covers(rule, grant, ask):
+            return True
+        return self._scope.grant_covers(rule, grant)
+
     def _uncounted(self, was: Rule, by: Rule | None) -> Rule | None:
         """Return a grant of Calls that an old rule counted and a new one perhaps does not."""
-        if by is not None and self._scope.grant_covers(by, was):
+        asked = was.effect is Effect.ASK
+        if by is not None and self._counts_all(by, was, asked=asked):
             return None
         for grant in self._grants:
-            if not self._scope.apart(grant, was, grants=True) and (
-                by is None or not self._scope.grant_covers(by, grant)
+            if not self._scope.apart(grant, was, grants=not asked) and (
+                by is None or not self._counts(by, grant, was if asked else None)
             ):
                 return grant
         return None

@@ -305,6 +305,13 @@ def test_what_is_wider_is_shown_with_an_example(name: str) -> None:
         assert one.line
 
 
+def test_an_ask_counts_what_it_does_not_grant() -> None:
+    whole, named = "{ask: {a: any, b: any}}", "{ask: {b: any}, rate: 20/h}"
+    old, new = tools(f"t: [{whole}, {named}]"), tools(f"t: [{whole}]")
+    assert "diff.bounds" in {one.code for one in difference(old, new)}
+    assert difference(old, old) == ()
+
+
 def test_one_rate_for_two_rules_is_not_two_rates() -> None:
     old = tools("fs.read: {allow: {path: [$WS/a, $WS/b]}, rate: 20/h}")
     new = tools(
