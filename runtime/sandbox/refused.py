@@ -76,6 +76,9 @@ class Refusals:
         self._serving, self._served = False, threading.Event()
         self._broken: OSError | None = None
         self._wake = -1
+        if not _is_listener(listener_fd):
+            # Asked of the kernel: other descriptors may say nothing until the call is over.
+            self._broken = OSError(errno.ENOTTY, "no listener of seccomp(2)")
         try:
             # One that cannot be run by hand would leave a program waiting for its answer.
             self._errno(bytes(_QUESTION_BYTES - _DATA_OFFSET))
@@ -110,6 +113,8 @@ class Refusals:
             self._served.set()
 
     def _serve(self) -> None:
+        if self._broken is not None:
+            raise self._broken
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
@@ -211,6 +216,14 @@ class Refusals:
                 if fd >= 0:
                     os.close(fd)
             self._listener = self._wake = -1
+
+
+def _is_listener(fd: int) -> bool:
+    """Tell what the kernel calls a descriptor; no file can be called so, proc(5)."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify"
+    except OSError:
+        return False
 
 
 def _no_listener() -> SandboxFailed:
