@@ -153,7 +153,7 @@ def _refuse_deceptive(text: str, name: str) -> None:
         line=text.count("\n", 0, found.start()) + 1,
         column=found.start() - text.rfind("\n", 0, found.start()),
         code="policy.syntax",
-        hint="end lines with a line feed; in double quotes, write the character by its number, as \\u2028",
+        hint="end lines with a line feed; in double quotes, write it by its number, as \\u2028",
     )
 
 
