@@ -30,8 +30,7 @@ __all__ = ["Cgroup", "Cgroups", "Charge", "discover", "remove_abandoned"]
 _REMOVE_SECONDS = 2.0
 # Another pid namespace's supervisor looks dead from here; what it just made is left alone.
 _ABANDONED_SECONDS = 60.0
-# The cpu controller of version 1 is left out: joining one more hierarchy costs each call 0.1 ms.
-_CONTROLLERS_V1 = ("memory", "pids", "cpuacct")
+_CONTROLLERS_V1 = ("memory", "pids", "cpuacct", "cpu")
 # LIMIT: 16 removals of some 0.1 ms each, then a pause: at most a sixth of one processor, and more
 # a second than calls can be started.
 _BATCH, _PAUSE_SECONDS = 16, 0.008
@@ -48,13 +47,17 @@ class Cgroup:
     version: int
     folders: Mapping[str, Path]
     accounts: Accounts = field(default_factory=Accounts)
-    # Its cpu cgroup of version 1, once it has computed for long.
-    apart: Path | None = None
 
     @property
-    def procs(self) -> Sequence[str]:
-        """The files a process joins through."""
-        return sorted({f"{folder}/cgroup.procs" for folder in self.folders.values()})
+    def joins(self) -> Sequence[str]:
+        """The files through which a process of one thread joins by writing a zero to each.
+
+        Version 1: through `cgroup.procs` it would wait, some 10 ms, until nothing of the machine
+        forks, which `tasks` spares a thread that moves itself (`cgroup_procs_write_start` in the
+        kernel's kernel/cgroup/cgroup.c).
+        """
+        file = "tasks" if self.version == 1 else "cgroup.procs"
+        return sorted({f"{folder}/{file}" for folder in self.folders.values()})
 
     def charge(self) -> Charge:
         """Read the accounts, during the call or after it, until ``retire``."""
@@ -62,7 +65,8 @@ class Cgroup:
 
     def members(self) -> list[int]:
         """Return the process ids that are in it now, some perhaps not yet in all of its folders."""
-        return sorted({pid for procs in self.procs for pid in _members(Path(procs))})
+        folders = set(self.folders.values())
+        return sorted({pid for folder in folders for pid in _members(folder / "cgroup.procs")})
 
     def kill(self) -> None:
         """End every process in it. The call is over: whatever is still there was left behind.
@@ -87,7 +91,7 @@ class Cgroup:
         """Remove the folders; False while a process is still leaving."""
         self.accounts.close()
         try:
-            for folder in {*self.folders.values(), *([self.apart] if self.apart else ())}:
+            for folder in set(self.folders.values()):
                 # An interrupt may have come before all of them were made.
                 with suppress(FileNotFoundError):
                     os.rmdir(folder)
@@ -105,7 +109,8 @@ class Cgroups:
 
     version: int
     bases: Mapping[str, Path]
-    cpu_base: Path | None = None
+    # Whether a call's share of the processors can be set.
+    shares: bool = False
     _live: dict[str, Cgroup] = field(default_factory=dict[str, Cgroup])
     _used: deque[tuple[str, Cgroup]] = field(default_factory=deque[tuple[str, Cgroup]])
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -218,12 +223,6 @@ class Cgroups:
             cgroup.kill()
             self._used.append((name, cgroup))
 
-    def rejoin(self, cgroup: Cgroup) -> None:
-        """Remove what was made apart for a call that the launcher made the cgroup of. Its end."""
-        if cgroup.apart is not None:
-            left = Cgroup(version=self.version, folders={"cpu": cgroup.apart})
-            self._retire(cgroup.apart.name, left)
-
     def close(self) -> None:
         """Remove everything made here, waiting a bounded time for the kernel.
 
@@ -258,8 +257,7 @@ class Cgroups:
 
     def _made_for_us(self, pattern: str) -> list[tuple[str, Cgroup]]:
         """Find what the launcher made under our names and was killed before it removed."""
-        bases = {*self.bases.values(), *([self.cpu_base] if self.cpu_base else ())}
-        found = [folder for base in bases for folder in base.glob(pattern)]
+        found = [folder for base in set(self.bases.values()) for folder in base.glob(pattern)]
         return [(f.name, Cgroup(version=self.version, folders={"left": f})) for f in found]
 
 
@@ -278,8 +276,6 @@ def discover(
     found = _version_1(own, root) or _version_2(own.get("", "/"), root)
     if found is not None:
         remove_abandoned(found.bases)
-        if found.cpu_base is not None:
-            remove_abandoned({"cpu": found.cpu_base})
     return found
 
 
@@ -288,12 +284,11 @@ def _version_1(own: Mapping[str, str], root: Path) -> Cgroups | None:
     for controller in _CONTROLLERS_V1:
         if controller not in own:
             continue
-        base = root / controller / own[controller].lstrip("/")
-        if (base / "cgroup.procs").exists() and os.access(base, os.W_OK):
+        # One hierarchy of several controllers has a link for each.
+        base = (root / controller / own[controller].lstrip("/")).resolve()
+        if (base / "tasks").exists() and os.access(base, os.W_OK):
             bases[controller] = base
-    cpu = root / "cpu" / own.get("cpu", "").lstrip("/")
-    shared = cpu if "cpu" in own and os.access(cpu / "cgroup.procs", os.W_OK) else None
-    return Cgroups(1, bases, shared) if {"memory", "pids"} <= bases.keys() else None
+    return Cgroups(1, bases, "cpu" in bases) if {"memory", "pids"} <= bases.keys() else None
 
 
 def _version_2(own: str, root: Path) -> Cgroups | None:
@@ -321,8 +316,8 @@ def _handing_down(base: Path, root: Path) -> Cgroups | None:
             continue
         writable = os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK)
         if {"memory", "pids"} <= set(handed_down) and writable:
-            shared = folder if "cpu" in handed_down else None
-            return Cgroups(2, {"memory": folder, "pids": folder}, shared)
+            bases = {"memory": folder, "pids": folder}
+            return Cgroups(2, bases, "cpu" in handed_down)
     return None
 
 

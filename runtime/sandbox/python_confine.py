@@ -140,7 +140,7 @@ class Walls:
         self._no_capabilities = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24)
 
     def raise_(self, joins: Sequence[int]) -> int | None:
-        """Confine this process for good. ``joins`` are ``cgroup.procs`` files, open to write.
+        """Confine this process for good. ``joins`` are the files of its cgroups, open to write.
 
         Returns the listener of the filter where it asks. INVARIANT: no code of a call ever holds
         it: who has it may say "continue".

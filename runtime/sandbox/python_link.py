@@ -162,7 +162,7 @@ class Zygote:
             stderr, their_stderr = pipe(mine, theirs)
             group = self._join(mine)
             given = [their_fate.fileno(), their_channel.fileno(), their_stdout, their_stderr]
-            for path in group.procs if group else ():
+            for path in group.joins if group else ():
                 given.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
                 theirs.callback(os.close, given[-1])
             try:

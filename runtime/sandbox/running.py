@@ -181,8 +181,6 @@ class Running:
                 self.layers.close()
             if self._cgroup is not None:
                 self._cgroup.accounts.close()
-                if self.cgroups is not None:
-                    self.cgroups.rejoin(self._cgroup)
             self.pool.give_back(self.waiting)
             self.scratches.remove(self.waiting.scratch)
         if not ended:

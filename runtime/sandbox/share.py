@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from .cgroup import Cgroup, Cgroups
 
-# From here on it is no short call; a large tree that has to be moved is left to grow for so long.
-_LONG_CPU_US, _GROWN_CPU_US = 20_000, 100_000
-# LIMIT: what is moved sooner, process by process, is no larger.
-_FEW_PROCESSES = 4
+# From here on it is no short call.
+_LONG_CPU_US = 20_000
 # LIMIT: one that gives way gets this part of one processor, or is ordinary until the next look:
 # the first time after that many seconds, then after twice as many, at last after so many.
 _LEAST_SHARE = 0.05
@@ -26,16 +24,10 @@ _PATIENCE_SECONDS, _PATIENCE_SECONDS_MAX = 0.05, 1.0
 # The lowest that a session can be put, which is undone later; for a task it cannot be undone.
 _NICE_SESSION, _NICE_TASK = 19, 10
 WITHOUT_CGROUP: Final = ("session-nice", "nice")
-# LIMIT: a tree that forks while it is moved is moved again, so often.
-_MOVES_MAX = 4
 
 
 class Way(Protocol):
     """How a call is put last, with all that it starts later."""
-
-    def stalls(self) -> bool:
-        """Tell whether to put it last stalls others while it forks."""
-        ...
 
     def cpu_us(self) -> int:
         """Return the processor time of its tree, where nothing else accounts for it."""
@@ -61,19 +53,16 @@ class Share:
         self._patience_seconds = _PATIENCE_SECONDS
         self._since, self._since_cpu_us = 0.0, 0
 
-    def look(self, now_seconds: float, cpu_us: int | None = None, *, refused: bool = False) -> None:
+    def look(self, now_seconds: float, cpu_us: int | None = None) -> None:
         """Judge the call by the processor time that its tree has used until now.
 
-        Without ``cpu_us`` it is asked for here. ``refused`` tells that its forks are
-        being refused.
+        Without ``cpu_us`` it is asked for here.
         """
         if cpu_us is None:
             cpu_us = self._way.cpu_us()
         used_us, seconds = cpu_us - self._since_cpu_us, now_seconds - self._since
         if not self._low:
             if used_us < _LONG_CPU_US:
-                return
-            if (used_us < _GROWN_CPU_US or refused) and self._way.stalls():
                 return
             self._low = True
         elif seconds < self._patience_seconds:
@@ -99,24 +88,11 @@ class CpuCgroup:
     """Whatever else wants a processor goes before it at once, admin-guide/cgroup-v2 `cpu.idle`.
 
     After anything less it waits for the end of a slice or for the next tick, up to 4 ms each time.
-    With version 1 a call has no cpu cgroup before: joining one more hierarchy costs 0.1 ms.
     """
 
-    def __init__(
-        self, cgroups: Cgroups, opened: Callable[[], Cgroup], init: int | None = None
-    ) -> None:
-        """``opened`` returns the cgroup of the call, which lives; ``init`` is a pidfd."""
-        self._cgroups, self._opened, self._init = cgroups, opened, init
-
-    def stalls(self) -> bool:
-        """Tell whether many processes are to be moved.
-
-        Version 1: every fork of the machine waits for each move, and each move for all forks that
-        are under way, cgroup_threadgroup_rwsem; those of a bomb wait for one another, too.
-        """
-        if self._cgroups.version != 1 or self._opened().apart is not None:
-            return False
-        return len(self._opened().members()) > _FEW_PROCESSES
+    def __init__(self, opened: Callable[[], Cgroup]) -> None:
+        """``opened`` returns the cgroup of the call, which lives."""
+        self._opened = opened
 
     def cpu_us(self) -> int:
         """Return its account."""
@@ -124,17 +100,7 @@ class CpuCgroup:
 
     def give(self) -> bool:
         """Put it last."""
-        cgroup, base = self._opened(), self._cgroups.cpu_base
-        if self._cgroups.version == 1 and base is not None:
-            # Known before it exists, as in `Cgroups.make`.
-            apart = cgroup.apart = base / next(iter(cgroup.folders.values())).name
-            with suppress(OSError):  # it is there, or cannot be made: then nothing below helps
-                os.mkdir(apart)
-            self._set(b"1")
-            # It ends the others, and must not wait for them.
-            _move(cgroup, apart, set() if self._init is None else _named(self._init))
-        else:
-            self._set(b"1")
+        self._set(b"1")
         return True
 
     def recover(self) -> None:
@@ -142,9 +108,9 @@ class CpuCgroup:
         self._set(b"0")
 
     def _set(self, value: bytes) -> None:
-        cgroup = self._opened()
+        folders = self._opened().folders
         with suppress(OSError):  # it has ended
-            _write(cgroup.apart or cgroup.folders["memory"], "cpu.idle", value)
+            _write(folders.get("cpu", folders["memory"]), "cpu.idle", value)
 
 
 class Processes:
@@ -159,10 +125,6 @@ class Processes:
         """``init`` is a pidfd of the first process of the sandbox."""
         self._init, self._most = init, most
         self._set: set[int] = set()
-
-    def stalls(self) -> bool:
-        """Nobody waits for nice values."""
-        return False
 
     def cpu_us(self) -> int:
         """Add up what the living processes have used."""
@@ -216,21 +178,21 @@ def of_call(cgroups: Cgroups | None, opened: Callable[[], Cgroup], init: int, mo
     ``opened`` returns its cgroup, ``init`` is a pidfd of the first process of its sandbox, and
     ``most`` is how many processes it may have.
     """
-    if cgroups is not None and cgroups.cpu_base is not None:
-        return Share(CpuCgroup(cgroups, opened, init))
+    if cgroups is not None and cgroups.shares:
+        return Share(CpuCgroup(opened))
     return Share(Processes(init, most))
 
 
 def means(cgroups: Cgroups | None) -> str:
     """Name what puts a long call last here, as the trace and ``doctor`` do."""
-    if cgroups is not None and cgroups.cpu_base is not None:
+    if cgroups is not None and cgroups.shares:
         return "cpu-idle"
     return WITHOUT_CGROUP[0] if _autogroups() else WITHOUT_CGROUP[1]
 
 
 def in_cgroup(cgroups: Cgroups, cgroup: Cgroup) -> Share | None:
     """Return the share of a call that has a cgroup and no init; None without a cpu controller."""
-    return None if cgroups.cpu_base is None else Share(CpuCgroup(cgroups, lambda: cgroup))
+    return Share(CpuCgroup(lambda: cgroup)) if cgroups.shares else None
 
 
 def _autogroups() -> bool:
@@ -264,31 +226,6 @@ def _named(pidfd: int) -> set[int]:
         return set()  # no descriptors left
     found = {int(line.removeprefix("Pid:")) for line in lines if line.startswith("Pid:")}
     return found - {-1}
-
-
-def _move(cgroup: Cgroup, apart: Path, but: set[int]) -> None:
-    """Move every process of a call ``but`` some, and those that were forked meanwhile, too."""
-    there = _members(apart) | but
-    for _ in range(_MOVES_MAX):
-        new = set(cgroup.members()) - there
-        if not new:
-            break
-        for pid in new:
-            with suppress(OSError):  # ESRCH: it has ended
-                _write(apart, "cgroup.procs", b"%d" % pid)
-        there |= new
-    # A stranger may have had the number of one that ended. In this order: what is forked between
-    # the two lists is in the second one.
-    for pid in _members(apart) - set(cgroup.members()):
-        with suppress(OSError):
-            _write(apart.parent, "cgroup.procs", b"%d" % pid)
-
-
-def _members(folder: Path) -> set[int]:
-    try:
-        return {int(line) for line in (folder / "cgroup.procs").read_text().split()}
-    except OSError:
-        return set()
 
 
 def _write(folder: Path, file: str, value: bytes) -> None:

@@ -134,7 +134,7 @@ class Watch:
 
     def _by_account(self, now_seconds: float, output_seen: bool) -> str | None:
         charge = self._charge() if self._charge else Charge()
-        refused, self._refused = self._refused, charge.refused_forks or 0
+        self._refused = charge.refused_forks or 0
         most = min(max(_REFUSED_FORKS_MIN, 2 * self._limits.pids), _REFUSED_FORKS_MAX)
         if self._refused > most:
             return "pids"
@@ -144,7 +144,7 @@ class Watch:
         if self._limits.cpu_ms is not None and cpu_us >= self._limits.cpu_ms * 1000:
             return "cpu"
         if self._share:
-            self._share.look(now_seconds, cpu_us, refused=self._refused > refused)
+            self._share.look(now_seconds, cpu_us)
         quiet = now_seconds - self._quiet_since
         if output_seen or cpu_us - self._quiet_cpu_us > quiet * 1e6 * _IDLE_CPU_SHARE:
             self._quiet_since, self._quiet_cpu_us = now_seconds, cpu_us

@@ -45,8 +45,6 @@ def resident_bytes() -> int:
 def standing(cgroups: Cgroups | None) -> list[str]:
     """Return the cgroups that this process made and that still exist."""
     bases = set(cgroups.bases.values()) if cgroups else set[Path]()
-    if cgroups and cgroups.cpu_base:
-        bases.add(cgroups.cpu_base)
     return [folder.name for base in bases for folder in base.glob(f"safeconduct-{os.getpid()}-*")]
 
 

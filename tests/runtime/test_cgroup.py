@@ -182,7 +182,7 @@ def gone(one: Cgroup) -> bool:
 
 def inside(one: Cgroup, *argv: str) -> subprocess.Popen[bytes]:
     """Start a program in the cgroup: the shell joins, then becomes it."""
-    join = "; ".join(f"echo 0 > {procs}" for procs in one.procs)
+    join = "; ".join(f"echo 0 > {file}" for file in one.joins)
     return subprocess.Popen(["sh", "-c", f'{join}; exec "$@"', "sh", *argv], stderr=-3)
 
 
@@ -273,8 +273,8 @@ def test_retiring_does_not_wait_for_the_kernel(real: Cgroups) -> None:
 
 def test_what_has_joined_only_a_part_of_it_is_ended_too(real: Cgroups) -> None:
     one = real.make(Limits())
-    for procs in one.procs:
-        join = f"echo 0 > {procs}; echo in; exec sleep 60"
+    for file in one.joins:
+        join = f"echo 0 > {file}; echo in; exec sleep 60"
         with subprocess.Popen(["sh", "-c", join], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"in\n"

@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags, CWD};
+use rustix::fs::{Access, AtFlags, Mode, OFlags, CWD};
 use rustix::io::Errno;
 
 use crate::report::{Failure, Step};
@@ -39,13 +39,8 @@ impl<'a> Hierarchies<'a> {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let unified = bases.first().is_some_and(|base| {
-            rustix::fs::accessat(
-                base,
-                "cgroup.controllers",
-                rustix::fs::Access::EXISTS,
-                AtFlags::empty(),
-            )
-            .is_ok()
+            let file = "cgroup.controllers";
+            rustix::fs::accessat(base, file, Access::EXISTS, AtFlags::empty()).is_ok()
         });
         Ok(Self { groups, bases, unified })
     }
@@ -55,8 +50,7 @@ impl<'a> Hierarchies<'a> {
         let mut made =
             Cgroups { name: name.to_owned(), folders: Vec::new(), unified: self.unified };
         for (group, base) in self.groups.iter().zip(&self.bases) {
-            let made_one = make_one(group, base, name);
-            match made_one {
+            match make_one(group, base, name) {
                 Ok(folder) => made.folders.push(folder),
                 Err(failure) => {
                     drop(made);
@@ -102,11 +96,14 @@ impl Cgroups {
         self.folders.first().filter(|_| self.unified).map(AsFd::as_fd)
     }
 
-    /// Join by writing, as version 1 has it. Where we were born in it already it changes nothing.
+    /// Join by writing, unless we were born in it: `cgroup.procs` waits, and has every fork of the
+    /// machine wait, for all that fork now. A thread that moves itself does not, which version 1
+    /// alone can do (`cgroup_procs_write_start` in the kernel's kernel/cgroup/cgroup.c).
     pub fn join(&self) -> Result<(), Failure> {
-        for folder in &self.folders {
-            // "0" is the writing process, whatever its pid namespace calls it, cgroups(7).
-            write(folder.as_fd(), "cgroup.procs", "0").step("join cgroup")?;
+        let file = if self.unified { "cgroup.procs" } else { "tasks" };
+        for folder in self.folders.iter().filter(|folder| !(self.unified && populated(folder))) {
+            // "0" is whoever writes, whatever its pid namespace calls it, cgroups(7).
+            write(folder.as_fd(), file, "0").step("join cgroup")?;
         }
         Ok(())
     }
@@ -134,6 +131,12 @@ pub fn read(accounts: &[Option<OwnedFd>]) -> Vec<String> {
         String::from_utf8(bytes[..count].to_vec()).ok()
     };
     accounts.iter().map(|file| read_one(file).unwrap_or_default()).collect()
+}
+
+/// Tell whether a new cgroup of version 2 has a process: the one that was born there.
+fn populated(folder: &OwnedFd) -> bool {
+    let file = rustix::fs::openat(folder, "cgroup.procs", OFlags::CLOEXEC, Mode::empty());
+    file.and_then(|file| rustix::io::read(file, &mut [0_u8; 1])).is_ok_and(|count| count > 0)
 }
 
 fn write(folder: BorrowedFd, file: &str, text: &str) -> Result<(), Errno> {

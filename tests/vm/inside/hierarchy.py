@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safeconduct.call import Held, Outcome
@@ -61,6 +63,21 @@ def _accounts(outcome: Outcome) -> None:
     assert outcome.stdout.strip() == b"15999999"
     assert (outcome.usage.cpu_ms or 0) > 0, outcome
     assert 15_000_000 < (outcome.usage.peak_memory_bytes or 0) <= 32 << 20, outcome
+
+
+@check(*STOCK, scopes=("container",))
+@check(*STOCK, uids=(USER_UID,), scopes=("delegated",))
+def what_spins_goes_behind() -> None:
+    """A call that computes for long is put last, and the trace names by what."""
+    with put_up(policy(require="cgroup: true")) as runtime, ThreadPoolExecutor(1) as aside:
+        spinning = aside.submit(run, runtime, "sh", "-c", "while [ ! -e stop ]; do :; done")
+        idle = _await_call() / "cpu.idle"
+        while idle.read_text().strip() != "1":
+            time.sleep(0.01)
+        Path("stop").touch()
+        outcome = spinning.result()
+    assert outcome.ok, outcome
+    assert "cpu-idle" in outcome.confinement.layers, outcome
 
 
 @check(*STOCK, uids=(USER_UID,), scopes=("delegated", "service", "container"))
