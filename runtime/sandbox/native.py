@@ -124,13 +124,12 @@ class NativeSandbox:
             given[0] = program.source
         elif program.stdin:
             given[0] = seccomp.memory_file(program.stdin)
-        try:
-            running = self._begin(program, setting, given, late=late)
-        finally:
-            if program.stdin and program.source is None:
-                os.close(given[0])
         with ExitStack() as held:
-            held.callback(running.close)
+            try:
+                running = self._begin(held, program, setting, given, late=late)
+            finally:
+                if program.stdin and program.source is None:
+                    os.close(given[0])
             if begun is not None:
                 begun(running)
             running.pool.reach()
@@ -197,17 +196,15 @@ class NativeSandbox:
     def _start(self, program: Program, setting: Setting, given: Mapping[int, int]) -> Running:
         told, tell = os.pipe2(os.O_CLOEXEC)
         try:
-            try:
-                running = self._begin(program, setting, {**given, -1: tell})
-            finally:
-                os.close(tell)
-            try:
+            with ExitStack() as held:
+                try:
+                    running = self._begin(held, program, setting, {**given, -1: tell})
+                finally:
+                    os.close(tell)
                 running.await_exec(told)
-            except BaseException:
-                running.close()
-                raise
-            running.keeps = True
-            return running
+                running.keeps = True
+                held.pop_all()
+                return running
         finally:
             os.close(told)
 
@@ -222,13 +219,14 @@ class NativeSandbox:
 
     def _begin(
         self,
+        held: ExitStack,
         program: Program,
         setting: Setting,
         given: Mapping[int, int],
         *,
         late: bool = False,
     ) -> Running:
-        """Take a sandbox and tell it its program."""
+        """Take a sandbox and tell it its program. Whatever comes, leaving ``held`` ends it."""
         if not program.argv:
             raise ToolFailed("There is no program to run.", code="tool.not_found")
         try:
@@ -237,7 +235,7 @@ class NativeSandbox:
             for attempt in range(_ATTEMPTS):
                 pool, bound = self._stock.reserve(setting, late=late)
                 try:
-                    running = self._take(pool, program, setting, given, bound=bound)
+                    running = self._take(held, pool, program, setting, given, bound=bound)
                 except SandboxFailed as error:
                     again = error.step in ("template", "channel", "sandbox") or error.code == STALE
                     if not again or attempt == _ATTEMPTS - 1:
@@ -256,6 +254,7 @@ class NativeSandbox:
 
     def _take(
         self,
+        held: ExitStack,
         pool: Pool,
         program: Program,
         setting: Setting,
@@ -263,15 +262,14 @@ class NativeSandbox:
         *,
         bound: bool,
     ) -> Running:
-        waiting: Waiting | None = None
-        layers: Layers | None = None
+        running = self._reserved(pool, setting, program.argv[0])
+        # From before it is told anything: an interrupt may come at any line from here on.
+        held.callback(running.close)
+        waiting = running.waiting
         try:
-            layers = self._layers(setting)
-            waiting = layers.mount(pool.take) if layers is not None else pool.take()
             if bound:
                 self._stock.bind(waiting, setting)
-            scratch = self._scratches.path(waiting.scratch)
-            environment = {**environment_of(self.tier, scratch), **program.environment}
+            environment = {**environment_of(self.tier, running.scratch), **program.environment}
             run = encode(
                 {
                     "argv": program.argv,
@@ -289,21 +287,33 @@ class NativeSandbox:
                 error.step == "channel" or error.code == STALE
             ):
                 pool.failed = True
+            running.close()
+            raise
+        return running
+
+    def _reserved(self, pool: Pool, setting: Setting, name: str) -> Running:
+        """Take a sandbox for a program of that name."""
+        waiting: Waiting | None = None
+        layers: Layers | None = None
+        try:
+            layers = self._layers(setting)
+            waiting = layers.mount(pool.take) if layers is not None else pool.take()
+            return Running(
+                waiting=waiting,
+                layers=layers,
+                pool=pool,
+                profile=setting.profile,
+                name=name,
+                scratch=self._scratches.path(waiting.scratch),
+                scratches=self._scratches,
+                cgroups=self._cgroups,
+                confinement=self._confinement(setting.profile, watched=setting.ahead is None),
+            )
+        except BaseException:
             if layers is not None:
                 layers.close()
             pool.give_back(waiting)
             raise
-        return Running(
-            waiting=waiting,
-            layers=layers,
-            pool=pool,
-            profile=setting.profile,
-            name=program.argv[0],
-            scratch=scratch,
-            scratches=self._scratches,
-            cgroups=self._cgroups,
-            confinement=self._confinement(setting.profile, watched=setting.ahead is None),
-        )
 
     def _layers(self, setting: Setting) -> Layers | None:
         """Open what the call will see through overlays; None for nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ import pytest
 from safeconduct.call import Limits, Outcome, Profile, Tier
 from safeconduct.errors import SandboxFailed, ToolFailed
 from safeconduct.runtime.sandbox.cgroup import Cgroups
+from safeconduct.runtime.sandbox.native import NativeSandbox
+from safeconduct.runtime.sandbox.running import Running
 from safeconduct.runtime.sandbox.shield import Shield
 
 if TYPE_CHECKING:
@@ -173,6 +176,27 @@ def test_no_orphan_survives_the_call(box: Box) -> None:
     code = f"setsid -f sh -c 'sleep 60; : {marker}' & (trap '' HUP TERM; sleep 60; : {marker}) &"
     assert box.run("sh", "-c", code).exit_code == 0
     assert gone(marker, 1.0)
+
+
+def test_an_interrupt_right_after_the_program_was_told_ends_it(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: Callable[..., Running] = NativeSandbox._begin  # pyright: ignore[reportPrivateUsage]
+    begun: list[Running] = []
+    marker = f"told{os.getpid()}"
+
+    def interrupted(*arguments: object, **options: object) -> Running:
+        begun.append(whole(*arguments, **options))
+        deadline = time.monotonic() + 5
+        while not processes(marker):
+            assert time.monotonic() < deadline
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NativeSandbox, "_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        box.run("sh", "-c", f"sleep 60; : {marker}")
+    assert begun  # held on to, as a traceback does
+    assert gone(marker)
 
 
 def test_a_fork_bomb_is_contained(box: Box) -> None:
