@@ -9,13 +9,21 @@ import ctypes
 import os
 import stat
 from errno import ELOOP, ENOENT, ENOTDIR, ENXIO
+from functools import cache
 
 from safeconduct.errors import TraceInvalid
 
 CHANGE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SYNC_FILE_RANGE_WRITE = 2
+_EVERYTHING = ctypes.c_int64(0)
 _CHUNK = 1 << 20
 _PIECE = 1 << 16
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def create(name: str, mode: int, parent: int) -> int:
@@ -76,8 +84,7 @@ def require_only_name(path: str, fd: int) -> None:
 
 def sync_file_system(fd: int) -> None:
     """Make everything on a file system durable, and hear of any write that failed: syncfs(2)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(fd) != 0:
+    if _libc().syncfs(fd) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
@@ -88,8 +95,15 @@ def allocate(fd: int, at: int, size_bytes: int) -> bool:
     What was set aside is overwritten in place, so that fdatasync(2) need not wait for a new length
     to be on disk as well.
     """
-    libc = ctypes.CDLL(None)
-    return bool(libc.fallocate(fd, 0, ctypes.c_int64(at), ctypes.c_int64(size_bytes)) == 0)
+    return bool(_libc().fallocate(fd, 0, ctypes.c_int64(at), ctypes.c_int64(size_bytes)) == 0)
+
+
+def begin_sync(fd: int) -> None:
+    """Have the disk take what was written while we do something else, sync_file_range(2).
+
+    Nothing is durable before fdatasync(2), which also raises whatever fails: then it takes less.
+    """
+    _libc().sync_file_range(fd, _EVERYTHING, _EVERYTHING, _SYNC_FILE_RANGE_WRITE)
 
 
 def shred(parent: int, name: str, *, linked: bool = True) -> bool:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -81,6 +82,8 @@ _USED = Usage(
 
 
 _FACTS = Facts(now_ms=1_795_280_022_000)
+
+_Entry: TypeAlias = tuple[dict[str, Json], dict[str, Json | bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,12 +198,12 @@ def durable(recording: Recording, directory: Path, count: int) -> dict[str, list
     block = bytes(700)
     writer, session = recording.writer, recording.recorder.session
 
-    def raw(_: int) -> None:
+    def raw(_: None) -> None:
         os.write(fd, block)
         os.fdatasync(fd)
 
-    def intent(number: int) -> None:
-        body, committed = _entry(f"e{number}")
+    def intent(entry: _Entry) -> None:
+        body, committed = entry
         writer.append(
             EntryKind.CALL_INTENT,
             body,
@@ -209,26 +212,32 @@ def durable(recording: Recording, directory: Path, count: int) -> dict[str, list
             durability=Durability.SYNC,
         )
 
-    def judged(number: int) -> None:
-        recording.judged(made(f"d{number}", durable=True))
-
-    def signed(number: int) -> None:
-        recording.judged(made(f"i{number}", signed=True))
-
-    subjects = {"fdatasync": raw, "durable": intent, "judged": judged, "signed": signed}
+    subjects: dict[str, Callable[[Any], object]] = {
+        "fdatasync": raw,
+        "durable": intent,
+        "judged": recording.judged,
+        "signed": recording.judged,
+    }
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(count):
         if number % 25 == 0:
             recording.writer.checkpoint()  # so that few fall into the measured stretch
+        ready = {
+            "fdatasync": None,
+            "durable": _entry(f"e{number}"),
+            "judged": made(f"d{number}", durable=True),
+            "signed": made(f"i{number}", signed=True),
+        }
         for name, subject in subjects.items():
+            one = ready[name]
             begun = time.perf_counter_ns()
-            subject(number)
+            subject(one)
             taken[name].append((time.perf_counter_ns() - begun) / 1000)
     os.close(fd)
     return taken
 
 
-def _entry(name: str) -> tuple[dict[str, Json], dict[str, Json | bytes]]:
+def _entry(name: str) -> _Entry:
     document: Json = {"tool": "fs.read", "arguments": _READ, "workspace": "/ws"}
     return {**_INTENT, "call": name}, {"document": document}
 

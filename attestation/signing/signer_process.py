@@ -148,12 +148,14 @@ class _Signer:
     def _sign(self, memory: Memory, request: Sign) -> bytes:
         _require_extends(memory.last, request)
         head = Checkpoint(origin=request.origin, size=request.new_size, root=request.root)
-        memory.remember(head)
+        settle = memory.remember(head)
+        # While the disk takes it. Where that fails, nobody learns them.
         lines = self._pen(self._files.current, head.origin).sign(head.text())
         if self._files.next is not None:
             # The head that will cover the key.rotate entry needs both, and only the writer knows
             # which one that is. A signature by a key not announced yet is ignored by verifiers.
             lines += self._pen(self._files.next, head.origin).sign(head.text())
+        settle()
         return lines.encode()
 
     def _pen(self, key: SigningKey, origin: str) -> Pen:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from safeconduct.attestation.checkpoint import Checkpoint
+from safeconduct.attestation.files import begin_sync
 from safeconduct.attestation.merkle import EMPTY_ROOT
 from safeconduct.errors import TraceInvalid
 
@@ -36,11 +37,12 @@ _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Memory:
     """What is remembered of one log, while its file is open.
 
-    ``remember`` puts a head of that log on disk; on return it is the last one, after any crash.
+    ``remember`` has a head of that log written. It is the last one, after any crash, once what it
+    returned was called, which waits for the disk: until then no signature over it may leave.
     """
 
     last: Checkpoint
-    remember: Callable[[Checkpoint], None]
+    remember: Callable[[Checkpoint], Callable[[], None]]
 
 
 class SignerState:
@@ -78,7 +80,7 @@ class SignerState:
     def remember(self, head: Checkpoint) -> None:
         """Put the head on disk; on return it is what ``last`` says, after any crash too."""
         with self.opened(head.origin) as memory:
-            memory.remember(head)
+            memory.remember(head)()
 
     @contextmanager
     def opened(self, origin: str) -> Generator[Memory]:
@@ -97,7 +99,7 @@ class SignerState:
         finally:
             os.close(fd)
 
-    def _begin(self, head: Checkpoint) -> None:
+    def _begin(self, head: Checkpoint) -> Callable[[], None]:
         """Make the file durably, whole under its name: data, then name, then folder."""
         path = self._path(head.origin)
         temporary = f"{path}.tmp"
@@ -111,20 +113,23 @@ class SignerState:
         finally:
             os.close(fd)
         os.rename(temporary, path)
-        sync_folder(Path(path))
+        return partial(sync_folder, Path(path))
 
     def _path(self, origin: str) -> str:
         return f"{self._folder}/{sha256(origin.encode()).hexdigest()}"
 
 
-def _write(fd: int, found: dict[int, Checkpoint], newest: Checkpoint, head: Checkpoint) -> None:
-    """Put a head beside the newest one, durably."""
+def _write(
+    fd: int, found: dict[int, Checkpoint], newest: Checkpoint, head: Checkpoint
+) -> Callable[[], None]:
+    """Put a head beside the newest one; return what waits until it is on disk."""
     # Never over the newest one; but one that stands there already is written again in its
     # place: whoever wrote it may have died, or failed, before it was on disk (fsync(2)).
     again = newest == head
     at = next((at for at in _SLOTS if (found.get(at) == newest) is again), _SLOTS[0])
     write_at(fd, _slot(head), at)
-    os.fdatasync(fd)
+    begin_sync(fd)
+    return partial(os.fdatasync, fd)
 
 
 def newest_head(data: bytes) -> Checkpoint:

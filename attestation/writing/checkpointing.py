@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Event, Lock, RLock, Thread
+from threading import Event, Lock, RLock, Thread, current_thread, main_thread
 from time import monotonic
 
 from safeconduct.attestation.checkpoint import Checkpoint
@@ -146,7 +146,12 @@ class Checkpointing:
         self._full.set()
 
     def _beside(self, work: Callable[[], Checkpoint]) -> Checkpoint:
-        """Work in a thread of ours: an interrupt of the caller must not leave it half done."""
+        """Work in a thread of ours: an interrupt of the caller must not leave it half done.
+
+        Python runs handlers of signals in the main thread alone (`signal`, "Signals and threads").
+        """
+        if current_thread() is not main_thread():
+            return work()
         try:
             alone = self._aside.submit(work)
         except RuntimeError:

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ class Interrupted(NativeSandbox):
 
     def _take(
         self,
+        held: ExitStack,
         pool: Pool,
         program: Program,
         setting: Setting,
@@ -59,7 +60,7 @@ class Interrupted(NativeSandbox):
         happens, self.happens = self.happens, None
         if happens is not None:
             happens()
-        return super()._take(pool, program, setting, given, bound=bound)
+        return super()._take(held, pool, program, setting, given, bound=bound)
 
     def plan(
         self,
