@@ -83,7 +83,7 @@ _USED = Usage(
 
 _FACTS = Facts(now_ms=1_795_280_022_000)
 
-_Entry: TypeAlias = tuple[dict[str, Json], dict[str, Json | bytes]]
+_Entry: TypeAlias = "tuple[dict[str, Json], dict[str, Json | bytes]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
