@@ -7,15 +7,16 @@ also while the call runs. Sources: kernel admin-guide cgroup-v1 and cgroup-v2.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from errno import ENODEV
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TypeAlias
 
 # LIMIT: no account we read is longer: `io.stat` has a line of some 90 bytes for each device.
 _ACCOUNT_BYTES_MAX = 16 << 10
+_TEXTS_KEPT = 64
 # The sandbox's init counts as one process and is not the program's.
 INIT_PIDS = 1
 
@@ -52,6 +53,7 @@ def _number(name: str, divisor: int = 1, less: int = 0) -> _Parse:
 
 
 def _keyed(*wanted: tuple[bytes, str, int]) -> _Parse:
+    @lru_cache(maxsize=_TEXTS_KEPT)  # mostly zeros, the same for all calls
     def parse(text: bytes) -> _Values:
         found: dict[str, int] = {}
         for line in text.splitlines():
@@ -122,7 +124,7 @@ def files(version: int, controller: str) -> list[str]:
     return [account.file for account in _ACCOUNTS[version] if account.controller == controller]
 
 
-def parse(version: int, controllers: Sequence[str], texts: Sequence[str]) -> Charge:
+def parse(version: int, controllers: Iterable[str], texts: Sequence[str]) -> Charge:
     """Return what the texts of all ``files`` of these controllers say, in their order."""
     kept = _parsers(version, tuple(controllers))
     values: dict[str, int | None] = {}

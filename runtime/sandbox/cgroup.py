@@ -111,6 +111,8 @@ class Cgroups:
     bases: Mapping[str, Path]
     # Whether a call's share of the processors can be set.
     shares: bool = False
+    # The controllers of each folder in ``bases``: version 2 has one for all.
+    hierarchies: Mapping[Path, Sequence[str]] = field(init=False)
     _live: dict[str, Cgroup] = field(default_factory=dict[str, Cgroup])
     _used: deque[tuple[str, Cgroup]] = field(default_factory=deque[tuple[str, Cgroup]])
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -122,6 +124,12 @@ class Cgroups:
     _ended: deque[str] = field(default_factory=lambda: deque[str](maxlen=_ENDED_MAX))
     _sweeper: threading.Thread | None = None
     _closed: bool = False
+
+    def __post_init__(self) -> None:
+        found: dict[Path, list[str]] = {}
+        for controller, base in self.bases.items():
+            found.setdefault(base, []).append(controller)
+        self.hierarchies = found
 
     def new_name(self) -> str:
         """Return a name that no cgroup has. What it begins, ``close`` removes too."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from itertools import chain
 
 from safeconduct.call import Limits
 from safeconduct.errors import SandboxFailed
@@ -28,13 +28,13 @@ def plan(cgroups: Cgroups, limits: Limits) -> list[Mapping[str, object]]:
             "settings": [one for name in names for one in _settings(version, name, limits)],
             "accounts": [file for name in names for file in accounts.files(version, name)],
         }
-        for base, names in _folders(cgroups).items()
+        for base, names in cgroups.hierarchies.items()
     ]
 
 
 def charge(cgroups: Cgroups, texts: Sequence[str]) -> Charge:
     """Read what the launcher reported of the accounts of one sandbox."""
-    names = [name for names in _folders(cgroups).values() for name in names]
+    names = chain.from_iterable(cgroups.hierarchies.values())
     return accounts.parse(cgroups.version, names, texts)
 
 
@@ -55,14 +55,6 @@ def opened(cgroups: Cgroups, name: str) -> Cgroup:
     except OSError as error:
         found.accounts.close()
         raise SandboxFailed(f"The call cannot be watched: {error}.", step="cgroup") from error
-    return found
-
-
-def _folders(cgroups: Cgroups) -> Mapping[Path, Sequence[str]]:
-    """Return the controllers of each hierarchy: version 2 has one for all."""
-    found: dict[Path, list[str]] = {}
-    for controller, base in cgroups.bases.items():
-        found.setdefault(base, []).append(controller)
     return found
 
 
