@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from safeconduct.call import (
     Confinement,
-    Limits,
     Outcome,
     Profile,
     Tier,
@@ -19,7 +18,7 @@ from safeconduct.call import (
 )
 from safeconduct.errors import SandboxFailed, SandboxUnavailable, ToolFailed
 
-from . import bounds, cgroup, cgroup_plan, machine, seccomp, share, shortfall
+from . import bounds, cgroup, cgroup_plan, seccomp, shortfall
 from .capture import Capture, Sink
 from .channel import STALE, encode
 from .launcher import Launcher
@@ -32,6 +31,7 @@ from .layout import (
 from .overlay import Keeper, Layers
 from .plan import Plan, Setting
 from .pool import AHEAD, Pool
+from .promise import Promises
 from .refused import Listening
 from .running import Running
 from .scratch import Scratches
@@ -43,7 +43,6 @@ from .template import Waiting
 _ATTEMPTS = 3
 
 _T = TypeVar("_T")
-NAMESPACE_LAYERS = ("user-ns", "mount-ns", "pid-ns", "net-ns", "ipc-ns", "uts-ns", "cgroup-ns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,7 @@ class NativeSandbox:
         self._cgroups = cgroups
         self._scratches = Scratches()
         self._stock = Stock(launcher, self.tier, self, cgroups=cgroups, ahead=ahead)
-        self._confinements: dict[tuple[Limits, bool, bool], Confinement] = {}
+        self._promises = Promises(self.tier, launcher, cgroups)
 
     def run(
         self,
@@ -307,7 +306,7 @@ class NativeSandbox:
                 scratch=self._scratches.path(waiting.scratch),
                 scratches=self._scratches,
                 cgroups=self._cgroups,
-                confinement=self._confinement(setting.profile, watched=setting.ahead is None),
+                confinement=self._promises.of(setting.profile, watched=setting.ahead is None),
             )
         except BaseException:
             if layers is not None:
@@ -362,29 +361,7 @@ class NativeSandbox:
 
     def promises(self) -> Confinement:
         """Say what will enforce a program started here."""
-        return self._confinement(Profile(name="any", write=("/any",)), watched=True)
-
-    def _confinement(self, profile: Profile, *, watched: bool) -> Confinement:
-        direct = bool(profile.write) and profile.workspace is WorkspaceMode.DIRECT
-        key = profile.limits, direct, watched
-        found = self._confinements.get(key)
-        if found is None:
-            found = self._confinements[key] = self._promise(*key)
-        return found
-
-    def _promise(self, limits: Limits, direct: bool, watched: bool) -> Confinement:
-        layers = [f"landlock-abi{self._launcher.landlock_abi}", "seccomp", "no-capabilities"]
-        if self.tier is Tier.FULL:
-            layers = [*NAMESPACE_LAYERS, *layers]
-        if self._cgroups is not None:
-            layers.append(f"cgroup-v{self._cgroups.version}")
-        if watched:
-            layers.append(share.means(self._cgroups))
-        if machine.is_root():
-            layers.append("own-uid")
-        in_cgroup = self._cgroups is not None
-        held = bounds.held(limits, self.tier, in_cgroup=in_cgroup, direct=direct, watched=watched)
-        return Confinement(tier=self.tier, layers=tuple(layers), held=held)
+        return self._promises.of(Profile(name="any", write=("/any",)), watched=True)
 
 
 def _again_if_stale(attempt: Callable[[], _T]) -> _T:
