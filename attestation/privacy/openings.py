@@ -66,6 +66,7 @@ class Sealed(msgspec.Struct, frozen=True):
 _encoder = msgspec.json.Encoder()
 _encode = _encoder.encode
 _TEXT_LINE = b'{"field":%b,"salt":"%b","value":%b'
+_SPELLED = {name: _encode(name) for name in ("document", "value")}
 _decoder = msgspec.json.Decoder(OpeningLine)
 
 
@@ -76,11 +77,8 @@ def seal(field: str, value: Json | bytes, salt: bytes) -> Sealed:
     else:
         data = encode_committed(value)
         if len(data) <= INLINE_BYTES:  # the hot path: what the encoder would make of a line
-            line = _TEXT_LINE % (
-                _encode(field),
-                salt.hex().encode(),
-                _encode(data.decode("utf-8")),
-            )
+            name = _SPELLED.get(field) or _encode(field)
+            line = _TEXT_LINE % (name, salt.hex().encode(), _encode(data.decode("utf-8")))
             return Sealed(commit(salt, data), line, None)
     if len(data) > MAX_VALUE_BYTES:
         raise TraceInvalid(f"{field} holds {len(data)} bytes", code="trace.too_large")

@@ -20,6 +20,7 @@ from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.merkle import MAX_SIZE, leaf_hash
 from safeconduct.attestation.note import MAX_NOTE_BYTES, encode_base64
 from safeconduct.attestation.reader import read_checkpoint
+from safeconduct.attestation.verify import story
 from safeconduct.errors import TraceInvalid
 
 from .multiproof import prove_many, root_of_many
@@ -117,8 +118,8 @@ def read_bundle_file(stream: BinaryIO) -> Bundle:
     """
     if _line(stream) != FIRST_LINE.encode():
         raise _invalid("it does not begin as one")
-    session = _line(stream).decode("utf-8", "replace").removeprefix("session ")
-    if _SESSION.fullmatch(session) is None:
+    word, _, session = _line(stream).decode("utf-8", "replace").partition(" ")
+    if word != "session" or _SESSION.fullmatch(session) is None:
         raise _invalid("it names no session")
     reading = _Reading(Bundle(session=session))
     while line := _line(stream):
@@ -140,6 +141,7 @@ class _Reading:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._chains = Chains()
+        self._barred: story.Barred = {}
 
     def take(self, index: int, data: bytes, entry: Entry) -> None:
         bundle = self.bundle
@@ -153,6 +155,7 @@ class _Reading:
             raise _invalid(f"it has more than {MAX_ENTRIES} entries", index)
         leaf = leaf_hash(data)
         self._chains.follow(index, entry, leaf.hex())
+        story.follow(self._barred, index, entry)
         bundle.indices.append(index)
         bundle.leaves.append(leaf)
         bundle.calls, bundle.open_calls = self._chains.calls, self._chains.open_calls

@@ -15,7 +15,7 @@ from safeconduct.attestation.checkpoint import Checkpoint
 from safeconduct.attestation.entry import Entry, parse_entry
 from safeconduct.attestation.merkle import leaf_hash
 from safeconduct.attestation.note import Note, VerifierKey
-from safeconduct.attestation.verify.report import Finding
+from safeconduct.attestation.verify.report import Finding, clip
 from safeconduct.attestation.verify.trust import TrustPolicy, keys_for
 from safeconduct.attestation.verify.vouching import Brought, listed_keys
 from safeconduct.errors import Exit, TraceInvalid
@@ -94,7 +94,7 @@ def _conclude(facts: _Facts, name: str, check: Callable[[_Facts], None]) -> Evid
     except TraceInvalid as error:
         # Of a file's own bytes there is nothing to read again: what does not parse is not true.
         status = Exit.UNTRUSTED if error.code == "trace.origin" else Exit.TAMPERED
-        findings = (Finding(code=error.code, message=error.message, index=error.offset),)
+        findings = (Finding(code=error.code, message=clip(error.message), index=error.offset),)
     findings += tuple(facts.doubts)
     if status in (Exit.OK, Exit.INCOMPLETE) and (facts.doubts or not facts.signed_by):
         status = Exit.UNTRUSTED

@@ -82,7 +82,10 @@ def check_handed(handed: Handed) -> Evidence:
     with os.fdopen(fd, "rb") as stream:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return _unreadable(f"{handed.file} is not a regular file")
-        return check_file(stream, brought, entry=entry, name=str(handed.file))
+        try:
+            return check_file(stream, brought, entry=entry, name=str(handed.file))
+        except OSError as error:  # a disk that fails, a network share that went away
+            return _unreadable(f"{handed.file}: {error.strerror}")
 
 
 def _entry(handed: Handed) -> bytes | None:

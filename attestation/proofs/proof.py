@@ -89,6 +89,8 @@ class LogProof:
         extra = b""
         if lines and lines[0].startswith("extra "):
             extra = decode_base64(lines.pop(0).removeprefix("extra "), code="proof.invalid")
+            if not extra:  # "If no extra data is present, this line is omitted"
+                raise invalid("its extra line is empty")
         if first != FIRST_LINE or not lines or not lines[0].startswith("index "):
             raise invalid("it does not begin as one")
         number = lines.pop(0).removeprefix("index ")

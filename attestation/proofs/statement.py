@@ -8,6 +8,7 @@ itself, of entries that it has found in the tree it signed last (signer_statemen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -225,6 +226,8 @@ class Envelope:
             raise _invalid("it is too large")
         try:
             read = _envelopes.decode(data)
+            # Another reader might take the first of two: then it would not be what was verified.
+            json.loads(data.decode("utf-8"), object_pairs_hook=_require_names_once)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise _invalid(f"it is no DSSE envelope ({error})") from error
         if read.payload_type != PAYLOAD_TYPE or not 0 < len(read.signatures) <= _MAX_SIGNATURES:
@@ -275,6 +278,11 @@ def pre_authentication(payload: bytes) -> bytes:
     """
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _require_names_once(pairs: Sequence[tuple[str, object]]) -> None:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name stands twice in it")
 
 
 def _is_hex(text: str) -> bool:

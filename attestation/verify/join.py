@@ -8,16 +8,29 @@ entry, by ``exact.py``, which names the first entry that is wrong.
 from __future__ import annotations
 
 from safeconduct.attestation.chain import MAX_KNOWN, MAX_OPEN, Chains, OpenSession
+from safeconduct.attestation.entry import Entry
 
+from . import story
 from .summary import BEFORE, Part, Summary
 
 
 class JoinedChains(Chains):
-    """Chains that can also take a whole range at once."""
+    """Chains that can also take a whole range at once, and know which open calls may not run."""
 
     sessions: int
     calls: int
     _open_calls: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._barred: dict[str, story.Barred] = {}
+
+    def follow(self, index: int, entry: Entry, leaf: str) -> None:
+        """Take the next Entry. Raise TraceInvalid ``chain.*`` or ``call.*``."""
+        super().follow(index, entry, leaf)
+        story.follow(self._barred.setdefault(entry.session, {}), index, entry)
+        if not self._barred[entry.session]:
+            del self._barred[entry.session]
 
     def join(self, summary: Summary) -> bool:
         """Take a range's summary. False: it does not fit, and nothing changed."""
@@ -29,7 +42,7 @@ class JoinedChains(Chains):
         taken: list[tuple[Part, dict[str, int]]] = []
         for part in summary.parts:
             calls = self._calls_after(part)
-            if calls is None or (part.closed and calls):
+            if calls is None or (part.closed and calls) or self._ran_barred(part):
                 return False
             taken.append((part, calls))
         # INVARIANT: a range has one part of each session, so none of these changes another's.
@@ -45,6 +58,7 @@ class JoinedChains(Chains):
             at = part.first_index
             session = OpenSession(sseq=0, prev=None, opened_at=at, is_log=part.is_log)
         self._open_calls += len(calls) - len(session.calls)
+        self._bar(part, calls)
         session.sseq, session.prev, session.calls = part.sseq, part.prev, calls
         if part.closed:
             self.open.pop(part.session, None)
@@ -57,6 +71,26 @@ class JoinedChains(Chains):
             self._known_calls += len(begun)
         else:
             self.forgot = True
+
+    def _ran_barred(self, part: Part) -> bool:
+        """Tell whether a call may have run here that a decision before the range forbids to."""
+        barred = self._barred.get(part.session)
+        if barred is None:
+            return False
+        freed = barred.copy()
+        for call in part.freed:
+            story.approve(freed, call)
+        return any(call in freed for call in part.ran)
+
+    def _bar(self, part: Part, calls: dict[str, int]) -> None:
+        barred = self._barred.pop(part.session, {})
+        for call in part.freed:
+            story.approve(barred, call)
+        for call, effect in part.barred.items():
+            story.bar(barred, {"call": call, "effect": effect})
+        barred = {call: effect for call, effect in barred.items() if call in calls}
+        if barred:
+            self._barred[part.session] = barred
 
     def _calls_after(self, part: Part) -> dict[str, int] | None:
         """Return the session's open calls after a part of it, or None when it does not follow."""

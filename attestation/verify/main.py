@@ -7,6 +7,7 @@ prints is all a stranger needs; `safeconduct trace verify` says the same.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in _KINDS:
         words = words[1:]  # what it is is seen anyway: a folder is a trace, a file says it
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a log says may hold what the encoding lacks: it must not cost the verdict.
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(words)
     path: Path = options.path
     try:

@@ -35,6 +35,7 @@ from safeconduct.attestation.tiles import TILE_WIDTH, bundle_path, read_bundle, 
 from safeconduct.call import EntryKind
 from safeconduct.errors import TraceInvalid
 
+from . import story
 from .summary import BEFORE, Part, Summary, full_root
 
 # LIMIT: bundles of one range: what a worker holds of them is small, what it returns too.
@@ -264,11 +265,14 @@ def _intent(state: _State, part: Part, index: int, line: Entry) -> None:
 def _decision(state: _State, part: Part, index: int, line: Entry) -> None:
     body = line.body
     clear = (body["effect"], body["enforcement"], body["code"], body["policy"])
+    call = _name(body["call"])
     if clear not in state.known:
         _learn_decision(state, clear)
+        if story.bars(body):
+            story.bar(part.barred, body)
     if type(body["rules"]) is not list:
         raise _Doubt
-    _use_call(part, _name(body["call"]))
+    _use_call(part, call)
 
 
 def _outcome(state: _State, part: Part, index: int, line: Entry) -> None:
@@ -281,6 +285,10 @@ def _outcome(state: _State, part: Part, index: int, line: Entry) -> None:
         intent = BEFORE
     if intent == BEFORE:
         part.taken.append(call)
+        if story.ran(line.body):
+            part.ran.append(call)
+    if part.barred and part.barred.pop(call, None) is not None and story.ran(line.body):
+        raise _Doubt
 
 
 def _rare(state: _State, part: Part, index: int, line: Entry) -> None:
@@ -297,6 +305,9 @@ def _rare(state: _State, part: Part, index: int, line: Entry) -> None:
         del state.open[part.session]
     elif kind is EntryKind.APPROVAL:
         _use_call(part, line.body["call"])
+        if story.approves(line.body):
+            story.approve(part.barred, line.body["call"])
+            part.freed.append(line.body["call"])
     else:
         state.telling.append((index, line))
 
@@ -347,7 +358,11 @@ def _learn(state: _State, names: tuple[object, ...]) -> None:
 def _learn_decision(state: _State, clear: tuple[object, ...]) -> None:
     if clear[0] not in EFFECTS or clear[1] not in ENFORCEMENTS:
         raise _Doubt
-    _learn(state, clear)
+    for name in clear:
+        _name(name)
+    # What may keep its call from running is looked at each time.
+    if clear[0] == "allow" and len(state.known) < _KNOWN_MAX:
+        state.known.add(clear)
 
 
 def _digest(document: object) -> str:

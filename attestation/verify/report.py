@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 _KEY_LINE = "NAME+HASH+BASE64"
 PROGRAM: Final = "safeconduct trace verify"
 """The command that next steps speak of, unless the caller names another."""
+# LIMIT: characters of one message; a log may have it quote an entry's 64 KiB.
+_MESSAGE_CHARACTERS = 500
 # Findings of a log that hashes to its checkpoint. They come only where nothing else is broken.
 CONTRADICTIONS: Final = frozenset(
     {
         "held.rollback",
         "held.fork",
+        "head.fork",
         "rotation.fork",
         "rotation.invalid",
         "rotation.limit",
@@ -78,6 +81,7 @@ class Facts(Seen):
     trust: Trust | None = None
     pinned: bool = False
     forgot: bool = False
+    journal_closed: bool = False
     isolation: str = ""
     replayable: Replayable = field(default_factory=Replayable)
 
@@ -206,6 +210,14 @@ _MEANS = {
     Exit.UNTRUSTED: "the files may agree with each other; nobody you trust vouches for them",
     Exit.TRACE_IO: "the folder could not be read; nothing was decided",
 }
+
+
+def clip(message: str) -> str:
+    """Return a message as a finding holds it."""
+    left_out = len(message) - _MESSAGE_CHARACTERS
+    if left_out <= 0:
+        return message
+    return f"{message[:_MESSAGE_CHARACTERS]}... ({left_out} more characters)"
 
 
 def command(directory: str) -> str:

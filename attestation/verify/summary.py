@@ -31,6 +31,8 @@ class Part(msgspec.Struct, array_like=True, gc=False):
     range, ``taken`` are those of them that it ended, ``begun`` calls must be new to the session
     (left out of a session that is whole in the range); ``fresh`` are those not put there yet.
     ``calls`` are open at its end, with the index of their intent (``BEFORE``: in ``needed``).
+    ``barred`` are calls open at its end that a decision here keeps from running (story.py); of
+    ``needed`` calls, ``freed`` are those that a person said yes to, ``ran`` those that then ran.
     """
 
     session: str
@@ -47,6 +49,9 @@ class Part(msgspec.Struct, array_like=True, gc=False):
     taken: list[str] = []
     begun: list[str] = []
     fresh: list[str] = []
+    barred: dict[str, str] = {}
+    freed: list[str] = []
+    ran: list[str] = []
 
     def gather(self) -> None:
         """Put the ids at hand with those before. So many short texts, kept, cost a tenth of all."""

@@ -168,8 +168,10 @@ class TrustPolicy:
 
     def _signer(self, note: Note, origin: str, keys: Sequence[VerifierKey]) -> VerifierKey | None:
         found: VerifierKey | None = None
+        # A key holder may have handed its log over thousands of times: few of them are named here.
+        named = {one.id for one in note.signatures}
         for key in [*self.log_keys(origin), *(key.of_log(origin) for key in keys)]:
-            for line in note.signatures:
+            for line in note.signatures if key.id in named else ():
                 if not key.made(line):
                     continue
                 if not key.verifies(line, note.text):
@@ -205,9 +207,13 @@ class TrustPolicy:
                 if now is not None and cosignature.time > now + _AHEAD_S:
                     ahead.append(witness.name)
                     continue
-                own = witness.name in operators or of_operator(key, origin, log_keys)
+                known = found.get(witness.name)
+                own = known.operator if known else witness.name in operators
                 found[witness.name] = Cosigned(
-                    witness=witness.name, key=key, time=cosignature.time, operator=own
+                    witness=witness.name,
+                    key=key,
+                    time=cosignature.time,
+                    operator=own or (known is None and of_operator(key, origin, log_keys)),
                 )
         return tuple(found.values()), tuple(ahead)
 

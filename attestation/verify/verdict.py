@@ -16,7 +16,7 @@ from .vouching import Trust
 # These say that something is not there, or that trust is not established; every other finding
 # says that bytes are not what was signed, or that the signed log breaks its own rules.
 _ABSENT: Final = frozenset(
-    {"trace.missing", "session.open", "call.open", "log.unsigned", "trust.tail"}
+    {"trace.missing", "session.open", "call.open", "log.unsigned", "trust.tail", "head.newer"}
 )
 _UNTRUSTED: Final = frozenset(
     {"trace.origin", "held.untrusted", "rotation.uncovered", "trust.quorum", "key.origin"}
@@ -27,6 +27,7 @@ _FORGOT: Final = (
     f"whether the id of a session, or of a call in it, was used twice: {MAX_KNOWN} of each were"
     " compared, and there are more"
 )
+_CLOSED: Final = "entries after the signed head: you may not look into the journal (ask its owner)"
 _ALWAYS: Final = (
     "whether everything that happened was recorded, and recorded truthfully",
     "openings and blobs (they are outside the signed tree; replay checks each it uses)",
@@ -118,6 +119,7 @@ def not_checked(facts: Facts, status: Exit, levels: tuple[Level, ...]) -> tuple[
         unchecked.append("whether others were shown another history of this log (L3 tells)")
     unchecked += _ALWAYS
     unchecked += [_FORGOT] * facts.forgot
+    unchecked += [_CLOSED] * facts.journal_closed
     times = "times are the recording machine's own"
     if facts.clock_back >= 0:
         times += f": its clock was set back before entry {facts.clock_back}"
@@ -164,6 +166,11 @@ def next_steps(facts: Facts, status: Exit) -> tuple[str, ...]:
         return (
             "keep this folder and the checkpoint you hold: together they prove it to anybody",
             "ask the operator, and whoever else has a copy, for the log's newest state",
+        )
+    if "head.fork" in codes:
+        return (
+            "keep this folder unchanged: the two signed heads in it prove the fork to anybody",
+            "ask the operator which history is the log's, and whoever else has a copy for theirs",
         )
     if status is Exit.TAMPERED:
         return (

@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 from safeconduct.attestation.checkpoint import Checkpoint
 from safeconduct.attestation.folder import Folder
-from safeconduct.attestation.journal import JournalTail, read_journal
 from safeconduct.attestation.note import VerifierKey
 from safeconduct.attestation.reader import CHECKPOINT, Replayable, count_openings, read_checkpoint
 from safeconduct.attestation.tiles import TILE_WIDTH
@@ -25,10 +24,11 @@ from safeconduct.errors import TraceInvalid
 from .exact import ExactReader
 from .join import JoinedChains
 from .ranges import RANGE_BUNDLES
-from .report import Facts, Finding, Report, make_report
+from .report import Facts, Finding, Report, clip, make_report
 from .summary import Summary
 from .tree import Tree
 from .trust import TrustPolicy
+from .unsigned import Unsigned, look_at_journal
 from .vouching import Brought, Recall, Trust
 from .worker import MAX_JOBS, check_ranges, usable_cpus
 
@@ -124,7 +124,7 @@ class _Verification:
         self._rotations: list[tuple[int, bytes]] = []
         self._rotation_cut = -1
         self._origins: dict[str, int] = {}
-        self._unsigned = 0
+        self._unsigned = Unsigned()
         self._time = -1
         self._clock_back = -1
 
@@ -148,15 +148,17 @@ class _Verification:
                 trust.name_stranger()
                 trust.compare_held()
                 trust.judge_witnesses()
+                trust.compare_kept()
             except TraceInvalid as error:
                 self._accuse(error, CHECKPOINT, -1)
             self._check_origins(head.origin)
             self._check_ends()
-            self._check_journal(head.size)
+            self._unsigned = look_at_journal(self._folder, head.size, self._accuse)
         elif trust is not None and trust.signed_by is not None and self._only_missing():
             # Files that are left out must not keep a rollback, or an unmet quorum, from being told.
             trust.compare_held(whole=False)
             trust.judge_witnesses()
+            trust.compare_kept(whole=False)
         return make_report(self._facts(directory, head, trust, claimed))
 
     # -- the tree ----------------------------------------------------------------------------
@@ -225,24 +227,6 @@ class _Verification:
             message = f"{what} is not closed: it was still going on, or its end was cut off"
             self._accuse(_bad("session.open", message), "", session.opened_at)
 
-    def _check_journal(self, size: int) -> None:
-        """Count entries after the checkpoint: nobody vouches for them."""
-        tail = JournalTail.bounded()
-        try:
-            for index, _ in read_journal(self._folder, tail, size=size):
-                self._unsigned += index >= size
-        except TraceInvalid as error:
-            self._accuse(error, "", -1)
-        if tail.dropped_bytes:
-            message = f"the journal ends in {tail.dropped_bytes} bytes that are no entry"
-            self._accuse(_bad("log.unsigned", message), "", -1)
-        if self._unsigned or tail.cut:
-            least = "at least " if tail.cut else ""
-            message = f"{least}{self._unsigned} entries after the checkpoint are not signed"
-            if tail.cut:
-                message += ": the journal is longer than what is read of one"
-            self._accuse(_bad("log.unsigned", message), "", size)
-
     def _only_missing(self) -> bool:
         return all(one.code == "trace.missing" for one in self._findings)
 
@@ -253,11 +237,9 @@ class _Verification:
 
     def _tell(self, error: TraceInvalid, path: str, offset: int, index: int) -> None:
         if len(self._findings) < _MAX_FINDINGS:
-            self._findings.append(
-                Finding(
-                    code=error.code, message=error.message, index=index, path=path, offset=offset
-                )
-            )
+            said = clip(error.message)
+            one = Finding(code=error.code, message=said, index=index, path=path, offset=offset)
+            self._findings.append(one)
 
     def _facts(
         self,
@@ -266,8 +248,8 @@ class _Verification:
         trust: Trust | None,
         claimed: tuple[str, ...],
     ) -> Facts:
-        replayable = Replayable()
-        with suppress(TraceInvalid, OSError):  # a folder of openings that cannot be read opens none
+        replayable = Replayable(cut=True)
+        with suppress(TraceInvalid, OSError):  # of those that cannot be looked at, nothing is said
             replayable = count_openings(self._folder)
         return Facts(
             directory=directory,
@@ -281,7 +263,8 @@ class _Verification:
             calls=self._chains.calls,
             open_sessions=sum(not one.is_log for one in self._chains.open.values()),
             open_calls=self._chains.open_calls,
-            unsigned=self._unsigned,
+            unsigned=self._unsigned.entries,
+            journal_closed=self._unsigned.closed,
             forgot=self._chains.forgot,
             recoveries=self._recoveries,
             redactions=self._redactions,

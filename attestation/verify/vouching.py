@@ -18,6 +18,7 @@ from safeconduct.attestation.note import Note, VerifierKey
 from safeconduct.errors import TraceInvalid
 
 from .handover import Handovers, require_extends, signs
+from .kept import compare_kept
 from .trust import TrustPolicy, Verdict, keys_for, speaks_for
 from .witnessed import newest_witnessed
 
@@ -206,6 +207,16 @@ class Trust:
 
     def _require_extends(self, old: Checkpoint, code: str, what: str) -> None:
         require_extends(self._folder, self._head, old, code, what)
+
+    def compare_kept(self, *, whole: bool = True) -> None:
+        """Hold the log against its other heads that lie in the folder, signed by a trusted key."""
+        if self.signed_by is None:
+            return
+        folder, head, keys = self._folder, self._head, self.trusted
+        try:
+            compare_kept(folder, head, keys, lambda e, path: self._accuse(e, path, -1), whole=whole)
+        except TraceInvalid as error:  # a folder in the place of which something else stands
+            self._accuse(error, "", -1)
 
     def judge_witnesses(self) -> None:
         """Hold the checkpoint against the verifier's policy of witnesses."""

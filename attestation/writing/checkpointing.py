@@ -139,6 +139,10 @@ class Checkpointing:
                 self._thread.join(_CLOSE_TIMEOUT_S)
         finally:
             self._aside.shutdown()
+            # Who signs in a thread of their own is waited for as well.
+            for lock in (self._publishing, self._signing):
+                if lock.acquire(timeout=_CLOSE_TIMEOUT_S):
+                    lock.release()
 
     def _wake(self) -> None:
         self._stop.set()

@@ -40,7 +40,7 @@ class Journal:
     def __init__(self, folder: Folder, lock: Lock, *, first: int, size: int) -> None:
         """Open ``<first>.wal`` to append entry number ``size`` next; ``lock`` is the writer's."""
         self._folder, self._lock = folder, lock
-        self._file = first
+        self._file: int = first
         self._fd = folder.open_end(journal_path(first))
         self._bytes = self._room = os.fstat(self._fd).st_size
         self._buffer: list[bytes] = []
@@ -139,9 +139,12 @@ class Journal:
         with self._lock:
             self.write()
             os.fdatasync(self._fd)
-            fd = self._folder.open_end(journal_path(self._size))
-            old, self._fd = self._fd, fd
-            self._file, self._bytes, self._room = self._size, 0, 0
-            os.close(old)
-            ready(self._size)
+            # A file without entries stays: the new one would have its name, and begin behind the
+            # room that is set aside in it.
+            if self._size != self._file:
+                fd = self._folder.open_end(journal_path(self._size))
+                old, self._fd = self._fd, fd
+                self._file, self._bytes, self._room = self._size, 0, 0
+                os.close(old)
+                ready(self._size)
             return self._size

@@ -63,7 +63,9 @@ class Run(Appending):
                 self._append(EntryKind.LOG_RECOVERED, data, run)
             for session in lost:
                 self._end(session, "lost")
-            self._checkpointing.checkpoint()
+            # What a crash left may never have reached the disk: after a failed write its pages
+            # count as written (fsync(2)). Nothing new may follow on it, to be lost with it.
+            self._checkpointing.checkpoint(turn_over=recovered.tail is not None)
         except BaseException:
             self._checkpointing.close()
             for close in (self._openings.close, self._journal.close):

@@ -315,6 +315,13 @@ def test_an_entry_must_be_in_the_bundle_or_statement(bench: Bench, tmp_path: Pat
     found_in(tmp_path / "one.statement", statement.encode(), inside[-1], outside, bench.key_line)
 
 
+def test_a_read_error_of_a_proof_is_a_verdict(bench: Bench) -> None:
+    """proc(5): at its beginning no memory is mapped, so that read(2) gives EIO."""
+    found = check_handed(Handed(file=Path("/proc/self/mem"), keys=[bench.key_line]))
+    assert (found.status, found.findings[0].code) == (Exit.TRACE_IO, "proof.io")
+    assert "Input/output error" in found.findings[0].message
+
+
 def test_what_lies_beside_a_proof_ends_in_a_verdict(tmp_path: Path) -> None:
     small(tmp_path / "trace")
     with Folder(tmp_path / "trace") as folder:

@@ -97,6 +97,16 @@ def test_no_entry_can_be_left_out_even_by_the_operator(trace: Path, trust: Broug
         assert not any("none is missing" in one for one in found.shows)
 
 
+def test_the_line_that_names_the_session_has_one_spelling(trace: Path, trust: Brought) -> None:
+    session = sessions(trace)[0].encode()
+    whole = bundle(trace, sessions(trace)[0])
+    named = b"\nsession " + session + b"\n"
+    for other in (b"", b"Session ", b"session  ", b"session session ", b" session "):
+        bad = whole.replace(named, b"\n" + other + session + b"\n", 1)
+        assert bad != whole
+        assert check(bad, trust).status is Exit.TAMPERED, other
+
+
 def test_entries_cannot_be_changed_moved_or_exchanged(trace: Path, trust: Brought) -> None:
     one, other = (bundle(trace, session) for session in sessions(trace)[:2])
     lines = other.split(b"\n\n")[0].split(b"\n")[2:]

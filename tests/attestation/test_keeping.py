@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,63 @@ def test_a_long_log_is_taken_up_from_its_journal_alone(bench: Bench, signer: Sig
     assert bench.verify().status == Exit.OK
     opened = {index: found for index, _, found in read_opened(bench.trace) if found}
     assert all(isinstance(one, Opening) for found in opened.values() for one in found.values())
+
+
+def test_nothing_new_stands_behind_what_a_failed_disk_may_have_lost(
+    bench: Bench, signer: SignerClient
+) -> None:
+    """After a write that failed, the kernel may show pages that the disk has not."""
+    writer = TraceWriter.open(bench.trace, signer=signer)
+    session = writer.open_session("local", "sdk")
+    writer.checkpoint()
+    intend(writer, session, "old", Durability.VOLATILE)
+    writer._health.failure = TraceInvalid("EIO", code="x")  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(TraceInvalid):
+        writer.close()
+    (left,) = (bench.trace / "journal").glob("*.wal")
+    shown = left.read_bytes()
+    assert b'"call":"old"' in shown
+    writer = TraceWriter.open(bench.trace, signer=signer)
+    session = writer.open_session("local", "sdk")
+    intend(writer, session, "new", Durability.SYNC)
+    writer._health.failure = TraceInvalid("killed", code="x")  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(TraceInvalid):
+        writer.close()
+    # The power goes: of the old file there is what the disk has.
+    if left.exists():
+        left.write_bytes(bytes(len(shown)) + left.read_bytes()[len(shown) :])
+    TraceWriter.open(bench.trace, signer=signer).close()
+    calls = [e.body["call"] for _, e in read_entries(bench.trace) if e.kind == "call.intent"]
+    assert calls == ["old", "new"]
+    assert bench.verify().status == Exit.OK
+
+
+def test_a_journal_that_is_empty_is_turned_over_without_harm(
+    bench: Bench, signer: SignerClient
+) -> None:
+    """Two erasures in a row empty it twice: what is recorded next must be found after a crash."""
+    writer = TraceWriter.open(bench.trace, signer=signer)
+    session = writer.open_session("local", "sdk")
+    for _ in range(3):
+        writer.empty_journal()
+    intend(writer, session, "next", Durability.SYNC)
+    writer.sign()
+    crashed = bench.root / "crashed"
+    shutil.copytree(bench.trace, crashed)
+    tail = JournalTail()
+    with Folder(crashed) as folder:
+        frames = [one.data for one in read_frames(folder, tail) if not one.is_openings]
+    assert any(b'"call":"next"' in data for data in frames)
+    assert (tail.next_index, tail.dropped_bytes) == (writer.size, 0)
+    writer.empty_journal()
+    intend(writer, session, "last", Durability.SYNC)
+    writer._health.failure = TraceInvalid("killed", code="x")  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(TraceInvalid):
+        writer.close()
+    TraceWriter.open(bench.trace, signer=signer).close()
+    calls = [e.body["call"] for _, e in read_entries(bench.trace) if e.kind == "call.intent"]
+    assert calls == ["next", "last"]
+    assert bench.verify().status == Exit.OK
 
 
 def test_the_journal_vectors(tmp_path: Path) -> None:

@@ -123,6 +123,28 @@ def test_no_flipped_byte_of_a_proof_verifies(trace: Path, trust: Brought) -> Non
         assert check(data, trust, other).status is Exit.TAMPERED, at
 
 
+def test_a_proof_has_no_second_spelling(trace: Path, trust: Brought) -> None:
+    """tlog-proof, "Format": without extra data the line is omitted, and there is one at most."""
+    proof, entry = prove(trace, 70)
+    data = replace(proof, leaf=None).encode()
+    assert check(data, trust, entry).status is Exit.OK
+    first, index = b"c2sp.org/tlog-proof@v1\n", b"index 70\n"
+    for bad in (
+        data.replace(index, b"extra \n" + index),
+        data.replace(index, b"extra\n" + index),
+        data.replace(index, index + b"extra AA==\n"),
+        data.replace(index, b"index 070\n"),
+        data.replace(index, b"index 70 \n"),
+        data.replace(index, index + index),
+        data.replace(index, index + b"\n"),
+        data.replace(first, first + b"\n"),
+        data + b"\n",
+        data.replace(b"\n", b"\r\n"),
+    ):
+        assert bad != data
+        assert check(bad, trust, entry).status is not Exit.OK, bad[:80]
+
+
 def test_a_proof_is_of_one_entry_at_one_place(trace: Path, trust: Brought, bench: Bench) -> None:
     proof, entry = prove(trace, 70)
     other, stranger = prove(trace, 71)

@@ -68,6 +68,28 @@ def test_a_statement_about_a_session(trace: Path, bench: Bench, trust: Brought) 
     assert (found.status, found.session, found.entries) == (Exit.OK, session, 2)
 
 
+def test_an_envelope_reads_alike_for_everybody(trace: Path, bench: Bench, trust: Brought) -> None:
+    """Of a name that stands twice one reader takes the first, another one the last."""
+    data = state(trace, bench).encode()
+    for name, other in (
+        (b'"payload":', b'"e30="'),
+        (b'"payloadType":', b'"text/plain"'),
+        (b'"signatures":', b"[]"),
+        (b'"sig":', b'"AA=="'),
+        (b'"keyid":', b'"x"'),
+    ):
+        assert data.count(name) == 1
+        spelled = name.replace(b"p", b"\\u0070").replace(b"s", b"\\u0073").replace(b"k", b"\\u006b")
+        for twice in (name, spelled):
+            bad = data.replace(name, twice + other + b"," + name)
+            assert json.loads(bad).keys() == json.loads(data).keys()
+            assert check(bad, trust).status is Exit.TAMPERED, bad[-200:]
+    # DSSE lets an envelope hold more than is known.
+    assert check(data[:-1] + b',"more":{"more":[1.5]}}', trust).status is Exit.OK
+    deep = b',"more":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert check(data[:-1] + deep, trust).status is Exit.TAMPERED
+
+
 def test_no_changed_statement_is_believed(trace: Path, bench: Bench, trust: Brought) -> None:
     envelope = state(trace, bench)
     data = envelope.encode()

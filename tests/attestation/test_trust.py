@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from safeconduct.attestation import Checkpoint, SigningKey, TrustPolicy
 from safeconduct.attestation.cosignature import CosigningKey
-from safeconduct.attestation.note import Note, encode_base64, key_id
+from safeconduct.attestation.note import ED25519, Note, VerifierKey, encode_base64, key_id
+from safeconduct.attestation.verify.trust import speaks_for
 from safeconduct.errors import TraceInvalid
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "trace" / "trust.json"
@@ -44,6 +45,35 @@ def note(*keys: CosigningKey, head: Checkpoint = HEAD, signer: SigningKey = LOG)
 
 def parse(text: str) -> TrustPolicy:
     return TrustPolicy.parse(text.encode("utf-8", "surrogateescape"))
+
+
+def test_many_keys_and_many_lines_are_not_tried_with_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A key holder may hand over thousands of times, and fill each head with lines of its name."""
+    keys = [VerifierKey(LOG.name, number.to_bytes(32, "big")) for number in range(500)]
+    text = HEAD.text()
+    stranger = SigningKey(HEAD.origin, b"\x07" * 32).sign(text)
+    cosigned = WITNESSES[0].sign(text, time=TIME).line
+    signed = LOG.of_log(HEAD.origin).sign(text)
+    crowded = Note.parse(f"{text}\n{signed}{stranger * 30}{cosigned * 30}".encode())
+    made: list[bytes] = []
+    asked: list[str] = []
+
+    def counted(name: str, public: bytes, kind: bytes = ED25519) -> bytes:
+        made.append(public)
+        return key_id(name, public, kind)
+
+    def speaks(name: str, origin: str) -> bool:
+        asked.append(name)
+        return speaks_for(name, origin)
+
+    monkeypatch.setattr("safeconduct.attestation.note.key_id", counted)
+    monkeypatch.setattr("safeconduct.attestation.verify.trust.speaks_for", speaks)
+    verdict = parse(policy_text("w0")).evaluate(crowded, keys=keys)
+    assert (verdict.satisfied, verdict.witnessed) == (True, True)
+    assert len(made) < 3 * len(keys)
+    assert len(asked) < 3 * len(keys)
 
 
 def test_a_quorum_counts_true_cosignatures_only() -> None:
