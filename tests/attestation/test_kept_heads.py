@@ -13,8 +13,10 @@ import pytest
 
 from safeconduct.attestation import Report, SigningKey, generate_key, verify_trace
 from safeconduct.attestation.checkpoint import Checkpoint
+from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.merkle import EMPTY_ROOT
 from safeconduct.attestation.note import MAX_SIGNATURES, Note
+from safeconduct.attestation.verify.kept import compare_kept
 from safeconduct.errors import Exit
 
 from .forge import Fields, call, chain, entry, forge, opening  # noqa: TID251 - the tests' own kit
@@ -188,3 +190,21 @@ def test_many_heads_with_many_lines_are_no_work_without_end(trace: Path) -> None
     for number in range(300):
         keep(trace, f"anchors/forks/{number:032x}", f"{text}\n{lines}".encode())
     assert check(trace).status == Exit.OK
+
+
+def test_a_head_that_came_while_the_log_was_read_says_nothing(trace: Path, tmp_path: Path) -> None:
+    forge(tmp_path / "before", chain(run(1, calls=90)), ALICE, ORIGIN)
+    before = (tmp_path / "before/checkpoint").read_bytes()
+    head = Checkpoint.parse(Note.parse(before).text)
+    newest = (trace / "checkpoint").read_bytes()
+    keep(trace, f"checkpoints/{Checkpoint.parse(Note.parse(newest).text).size}", newest)
+
+    def told() -> list[str]:
+        found: list[str] = []
+        with Folder(trace) as folder:
+            compare_kept(folder, head, [ALICE.verifier], lambda error, _: found.append(error.code))
+        return found
+
+    assert told() == []
+    keep(trace, "checkpoint", before)
+    assert told() == ["head.newer"]
