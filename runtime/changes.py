@@ -83,6 +83,7 @@ class KeptSets:
         found = self.load(name)
         with self.recording("workspace.commit", _named(found)) as tell:
             with opened_workspace(found.workspace) as workspace, self.opened(name) as upper:
+                found.refuse_others(workspace)
                 report = commit(
                     found.changes,
                     upper=upper,

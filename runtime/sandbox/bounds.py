@@ -18,6 +18,11 @@ _MEMLOCK_BYTES = 64 << 10
 # Room for what the user starts while the call runs, other calls among it, where all of the user's
 # processes count together: a limit without it would fail calls that did nothing wrong.
 _SHARED_TASKS = 256
+# RLIMIT_CPU counts ticks of the clock, which charge a process for what others got: it comes a
+# little early, and on a busy machine much. So much of the limit was used when it ended one.
+_KILLED_SHARE, _FAILED_SHARE = 0.5, 0.95
+# What a shell makes of a command that a signal ended, POSIX sh "Exit Status for Commands".
+_BY_SIGNAL = 128
 # What the canonical `resources` of a Call ends its numbers with (policies/resources.py).
 _UNITS = "msB"
 
@@ -41,7 +46,8 @@ def rlimits(limits: Limits, tier: Tier, *, in_cgroup: bool) -> list[Mapping[str,
         shared = tier is not Tier.FULL and not machine.is_root()
         values["nproc"] = limits.pids + (_own_tasks() + _SHARED_TASKS if shared else INIT_PIDS)
     if limits.cpu_ms is not None:
-        values["cpu"] = max(1, -(-limits.cpu_ms // 1000))
+        # In a cgroup the exact account is looked at (watch.py), and what counts ticks comes after.
+        values["cpu"] = max(1, -(-limits.cpu_ms // 1000)) + in_cgroup
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
@@ -131,17 +137,30 @@ def limit_of(
         return polled
     if end.wall_limit:
         return "wall"
-    if end.signal == signal.SIGXCPU or (
-        end.signal == signal.SIGKILL and limits.cpu_ms and end.cpu_us // 1000 >= limits.cpu_ms
-    ):
+    if end.signal == signal.SIGXCPU:
         return "cpu"
-    if end.signal == signal.SIGXFSZ:
+    if _signal_of(end) == signal.SIGXFSZ:
         return "disk" if limits.file_bytes is None else "file"
     if end.signal is None and not end.code:
         return None
     # The kernel may have ended a child, and the program failed because of that.
     if charge.oom_kills:
         return "memory"
+    if limits.cpu_ms and _used_up(end, charge, limits.cpu_ms):
+        return "cpu"
     if full is not None:
         return full
     return "pids" if charge.refused_forks else None
+
+
+def _used_up(end: Exit, charge: Charge, cpu_ms: int) -> bool:
+    """Tell whether a program failed because it, or a child, had used its processor time."""
+    share = _KILLED_SHARE if _signal_of(end) == signal.SIGKILL else _FAILED_SHARE
+    return max(end.cpu_us, charge.cpu_us or 0) >= cpu_ms * 1000 * share
+
+
+def _signal_of(end: Exit) -> int | None:
+    """Return the signal that ended the program, or the command that its shell tells of."""
+    if end.signal is None and end.code is not None and end.code > _BY_SIGNAL:
+        return end.code - _BY_SIGNAL
+    return end.signal

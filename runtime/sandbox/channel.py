@@ -6,7 +6,9 @@ descriptors that belong to them.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import select
 import socket
 import threading
@@ -46,6 +48,8 @@ class _Buffers(threading.local):
 
 
 _buffers = _Buffers()
+# Whoever holds it may change how many descriptors this process may open.
+_sending = threading.Lock()
 
 
 class Failure(msgspec.Struct, forbid_unknown_fields=True):
@@ -278,16 +282,37 @@ def _past_reset(read: Callable[[], _T]) -> _T:
         return read()
 
 
+def send_fds(end: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
+    """Send one datagram with descriptors. Raises OSError.
+
+    The programs of an ordinary user, sandboxed ones too, may together have as many descriptors
+    under way as each may open, unix(7) ETOOMANYREFS: a hostile one could keep us from starting any
+    other. Our own soft limit is not for that, so the hard one then counts for a moment.
+    """
+    try:
+        socket.send_fds(end, [data], descriptors)
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+        with _sending:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            try:
+                socket.send_fds(end, [data], descriptors)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def _send(end: socket.socket, document: bytes, descriptors: Sequence[int]) -> None:
     if len(document) <= _INLINE_BYTES_MAX:
         if descriptors:
-            socket.send_fds(end, [document], descriptors)
+            send_fds(end, document, descriptors)
         else:
             end.send(document)
         return
     memfd = seccomp.memory_file(document)
     try:
-        socket.send_fds(end, [_IN_MEMFD], [memfd, *descriptors])
+        send_fds(end, _IN_MEMFD, [memfd, *descriptors])
     finally:
         os.close(memfd)
 

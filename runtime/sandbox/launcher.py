@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import resource
 import socket
 import subprocess
 import threading
@@ -19,7 +20,15 @@ from safeconduct.call import Tier
 from safeconduct.errors import SandboxFailed
 
 from . import seccomp
-from .channel import MESSAGE_BYTES_MAX, Document, Message, encode, failure_of, parse
+from .channel import (
+    MESSAGE_BYTES_MAX,
+    Document,
+    Message,
+    encode,
+    failure_of,
+    parse,
+    send_fds,
+)
 from .executable import unavailable
 from .template import Template
 
@@ -148,7 +157,7 @@ class _Process:
                 mine.callback(os.close, handed[-1])
             try:
                 with self._lock:
-                    socket.send_fds(self._control, [kind], handed)
+                    send_fds(self._control, kind, handed)
             except OSError as error:
                 raise SandboxFailed(f"The launcher is gone: {error}.", step="launcher") from error
             failing.pop_all()
@@ -196,7 +205,7 @@ def _spawn(control: int, tier: Tier) -> subprocess.Popen[bytes]:
     )
     with importlib.resources.as_file(executable) as path:
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [str(path), str(control), str(tier)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -206,3 +215,21 @@ def _spawn(control: int, tier: Tier) -> subprocess.Popen[bytes]:
             )
         except OSError as error:
             raise unavailable(path, error) from error
+    with suppress(OSError, ValueError):
+        # It hands over descriptors as well (`send_fds`), and no program keeps what it may open.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(ProcessLookupError):  # it has died, as whoever asks it finds out
+        _take_precedence_from(process.pid)
+    return process
+
+
+def _take_precedence_from(pid: int) -> None:
+    """Let no program inherit a real-time policy of ours, or a place before others, sched(7).
+
+    It could keep the machine to itself, and may be in no cgroup with a share of the processors.
+    """
+    if os.sched_getscheduler(pid) in (os.SCHED_FIFO, os.SCHED_RR):
+        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+    if os.getpriority(os.PRIO_PROCESS, pid) < 0:
+        os.setpriority(os.PRIO_PROCESS, pid, 0)

@@ -149,6 +149,8 @@ class NativeSandbox:
                     elif error.step == "launcher":
                         self._stock.pools.distrust()
                     raise running.translated(error) from error
+                if capture.exceeded is None and not end.wall_limit and (end.code or end.signal):
+                    capture.exceeded = watch.last()
                 if capture.exceeded == "depth":
                     watch.flatten()
             running.ended = True

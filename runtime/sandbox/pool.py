@@ -80,16 +80,12 @@ class Pool:
             self.used_at = time.monotonic()
             if used is not None:
                 self._asked += used.again
-            if self.failed and not self.busy:
+            if not self.failed:
+                with suppress(SandboxFailed):  # the next call finds out
+                    while self._standing < self._ahead:
+                        self._ask()
+            elif not self.busy:
                 self._close()
-        if not self.failed:
-            self.fill()
-
-    def fill(self) -> None:
-        """Have as many made as shall wait."""
-        with self._lock, suppress(SandboxFailed):  # the next call finds out
-            while self._standing < self._ahead:
-                self._ask()
 
     def _ask(self) -> None:
         again = self._standing < self._ahead

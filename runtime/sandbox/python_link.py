@@ -24,7 +24,7 @@ from safeconduct.errors import SandboxFailed, SandboxUnavailable
 
 from . import cgroup, python_frames, python_nest, python_worker, seccomp
 from .accounts import INIT_PIDS
-from .channel import Exit
+from .channel import Exit, send_fds
 from .interpreter import interpreter
 from .native import NativeSandbox, Program
 from .python_place import Place, walls, zygote_limits
@@ -166,7 +166,7 @@ class Zygote:
                 given.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
                 theirs.callback(os.close, given[-1])
             try:
-                socket.send_fds(self._control, [b"fork"], given)
+                send_fds(self._control, b"fork", given)
             except OSError as error:
                 raise SandboxFailed(
                     f"The Python zygote is gone: {error}.", step="zygote"

@@ -263,6 +263,8 @@ class Zygote:
 
 def _arrange(given: list[int]) -> int:
     """Leave the fork its standard streams and its channel, and nothing of the zygote's."""
+    # Flags and locks of an open file that all forks share would be there for the next one.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(given[STDOUT], 1)
     os.dup2(given[STDERR], 2)
     os.dup2(given[CHANNEL], CONTROL, inheritable=False)

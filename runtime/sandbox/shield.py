@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,11 +48,13 @@ class Shield:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Raised:
-    """A Shield, the names that must not appear, and what would have to change for another one.
+    """A Shield, the names that must not appear in ``folder``, the workspace that it was made for,
+    and what would have to change for another one.
 
     INVARIANT: the witness looked before the Shield was made, so whatever changed since then shows.
     """
 
+    folder: int
     shield: Shield
     free: Sequence[str]
     witness: Witness
@@ -82,6 +85,9 @@ class Shields:
         self._aliases = _aliases(absent)
         self._frozen = (*frozen, *_aliases(frozen))
         self._workspace_fd = os.open(workspace, _FOLDER)
+        # Those that others have taken the place of: calls may still run in them.
+        self._former: list[int] = []
+        self._moving = threading.Lock()
         self._lock = _share(lock) if lock is not None else None
         self._known: dict[Profile, _Raised] = {}
         # Folders made here: not every file system can mark them.
@@ -104,21 +110,49 @@ class Shields:
             yield raised.shield
         finally:
             if raised.free and not raised.witness.unchanged():
-                self._set_aside(raised.free)
+                _set_aside(raised.folder, raised.free)
 
     def close(self) -> None:
         """Remove the empty folders made here, if this process is the last one to need them."""
         try:
             if self._lock is None or _is_last(self._lock):
-                for name in self._protected:
-                    parts = name.rstrip("/").split("/")
-                    for count in range(1, len(parts) + 1):
-                        folder = "/".join(parts[:count])
-                        places.release(self._workspace_fd, folder, made=folder in self._made)
+                self._release(self._workspace_fd, self._made)
+                for former in self._former:
+                    self._release(former, set())
         finally:
-            os.close(self._workspace_fd)
+            for folder in (self._workspace_fd, *self._former):
+                os.close(folder)
             if self._lock is not None:
                 os.close(self._lock)
+
+    def _release(self, workspace: int, made: set[str]) -> None:
+        for name in self._protected:
+            parts = name.rstrip("/").split("/")
+            for count in range(1, len(parts) + 1):
+                folder = "/".join(parts[:count])
+                places.release(workspace, folder, made=folder in made)
+
+    def _folder(self) -> int:
+        """Return the folder that the workspace is now: somebody may have put another in its place,
+        and what is held and set aside in the one before would protect nothing.
+
+        Raises SandboxFailed where there is none, or a link.
+        """
+        with self._moving:
+            try:
+                if not os.path.samestat(os.stat(self._workspace), os.fstat(self._workspace_fd)):
+                    found = os.open(self._workspace, _FOLDER | os.O_NOFOLLOW)
+                    self._former.append(self._workspace_fd)
+                    self._workspace_fd, self._made = found, set()
+            except OSError as error:
+                raise SandboxFailed(
+                    f"The workspace {self._workspace} cannot be opened: {error.strerror}.",
+                    step="shield",
+                    errno=error.errno or 0,
+                    code="workspace.missing",
+                    hint="Put it back where it was, or start again with another.",
+                ) from error
+            return self._workspace_fd
 
     def refuses(self, path: str) -> bool:
         """Tell whether an absolute path lies where no tool may look at all."""
@@ -146,9 +180,10 @@ class Shields:
         # Through an overlay no name reaches the workspace: what is missing needs no place held, and
         # what appears there is not this call's (overlay/names.py says what is never copied out).
         direct = profile.workspace is WorkspaceMode.DIRECT
+        workspace = self._folder()
         for name in names:
             self._refuse_links(self._path(name), self._workspace)
-            kept.append(self._path(self._hold_place(name) if direct else name))
+            kept.append(self._path(self._hold_place(workspace, name) if direct else name))
         kept = [path for path in dict.fromkeys(kept) if places.look(path)]
         free = [name for name in names if direct and not places.look(self._path(name))]
         hidden = [path for path in absent if places.look(path)]
@@ -164,7 +199,7 @@ class Shields:
             if not any(is_within(folder, path) for path in kept)
         ]
         shield = Shield(protected=tuple(kept), hidden=tuple(hidden), anchors=tuple(anchors))
-        return _Raised(shield=shield, free=free, witness=witness)
+        return _Raised(folder=workspace, shield=shield, free=free, witness=witness)
 
     def _refuse_absent_grants(self, profile: Profile) -> None:
         # INVARIANT: what lies at an absent path is reached by no name but those that are hidden.
@@ -193,7 +228,7 @@ class Shields:
                     code="sandbox.protected_link",
                 )
 
-    def _hold_place(self, name: str) -> str:
+    def _hold_place(self, workspace: int, name: str) -> str:
         """Return what to protect for ``name``: itself, or the topmost folder above it that was
         missing and is now held. A missing file in an existing folder cannot be held.
         """
@@ -203,31 +238,32 @@ class Shields:
             is_folder = count < len(parts) or name.endswith("/")
             found = places.look(self._path(held))
             if found is None and is_folder:
-                if places.hold(self._workspace_fd, held):
+                if places.hold(workspace, held):
                     self._made.add(held)
                 return held
             # A file where a folder belongs (`.git` of a worktree) is itself what to protect.
-            ours = held in self._made or places.is_held(self._workspace_fd, held)
+            ours = held in self._made or places.is_held(workspace, held)
             if ours or (found is not None and not stat.S_ISDIR(found.st_mode)):
                 return held
         return name.rstrip("/")
 
-    def _set_aside(self, names: Sequence[str]) -> None:
-        found, failed = list[str](), list[SandboxFailed]()
-        for name in names:
-            try:
-                if places.set_aside(self._workspace_fd, name):
-                    found.append(name)
-            except SandboxFailed as error:
-                failed.append(error)  # one that resists saves none of the others
-        if failed:
-            raise failed[0]
-        if found:
-            raise SandboxFailed(
-                f"{', '.join(found)} appeared during the call; no tool may write that. Set aside.",
-                step="shield",
-                code="sandbox.protected_made",
-            )
+
+def _set_aside(workspace: int, names: Sequence[str]) -> None:
+    found, failed = list[str](), list[SandboxFailed]()
+    for name in names:
+        try:
+            if places.set_aside(workspace, name):
+                found.append(name)
+        except SandboxFailed as error:
+            failed.append(error)  # one that resists saves none of the others
+    if failed:
+        raise failed[0]
+    if found:
+        raise SandboxFailed(
+            f"{', '.join(found)} appeared during the call; no tool may write that. Set aside.",
+            step="shield",
+            code="sandbox.protected_made",
+        )
 
 
 def _writable(profile: Profile, path: str) -> list[str]:

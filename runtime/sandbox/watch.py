@@ -31,6 +31,8 @@ _INTERVALS = ((0.3, 0.01), (1.0, 0.05), (10.0, 0.1), (_INFINITE, 0.25))
 # entries between looks at the clock.
 _SLICE_SECONDS, _SOUGHT_SECONDS = 0.005, 0.05
 _SOUGHT_REST_SECONDS = 0.02
+# LIMIT: how long it may take to tell why a call failed.
+_LAST_SECONDS = 0.25
 # LIMIT: a walk that nothing calls for takes a fiftieth of the time, and comes after two seconds.
 _WALK_SECONDS, _WALK_REST = 2.0, 50
 # A program whose forks are refused gives up or waits; one that goes on, twice for each process it
@@ -107,6 +109,25 @@ class Watch:
         share, self._share = self._share, None
         if share is not None:
             share.end()
+
+    def last(self) -> str | None:
+        """Name the limit that a call, which is over and failed, may have met between two looks.
+
+        What the kernel refuses beyond a limit is never added: to have reached it is enough. LIMIT:
+        others may have freed half as much meanwhile.
+        """
+        used_bytes, inodes = self._added() if self._before else (0, 0)
+        walk = Walk(self._limits, self._handles, self._begun_ns)
+        if 0 < self._limits.disk_bytes <= 2 * used_bytes:
+            walk.grown.bytes_max = self._limits.disk_bytes - 1
+        if 0 < self._limits.inodes <= 2 * inodes:
+            walk.grown.inodes_max = self._limits.inodes - 1
+        if walk.grown.sought:
+            deadline = time.monotonic() + _LAST_SECONDS
+            for _ in walk.run():
+                if time.monotonic() > deadline:
+                    break
+        return walk.grown.exceeded
 
     def flatten(self) -> None:
         """Bring what the call, which is over, nested too deep to where it can be removed."""

@@ -180,3 +180,31 @@ while not os.path.exists(sys.argv[2]): time.sleep(0.01)  # a number is used agai
 
 def same_as(names: Sequence[str], one: Sequence[str], other: Sequence[str]) -> set[str]:
     return {name for name, a, b in zip(names, one, other, strict=True) if a == b}
+
+
+UNDER_WAY = """
+import errno, os, resource, socket
+from safeconduct.runtime.sandbox.channel import send_fds
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresuid(64_018, 64_018, 64_018)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1024))
+kept = []
+try:
+    for _ in range(9):  # what another program of this user may do as well
+        kept.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        socket.send_fds(kept[-1][0], [b"x"], [0] * 20)
+except OSError as error:
+    print(errno.errorcode[error.errno])
+send_fds(kept[-1][0], b"x", [0])
+data, given, _, _ = socket.recv_fds(kept[-1][1], 1, 1)
+print(data, len(given), resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_descriptors_under_way_in_one_keep_no_other_from_being_started() -> None:
+    """An ordinary user's programs have one count for all of them, unix(7)."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_WAY], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.split("\n")[:2] == ["ETOOMANYREFS", "b'x' 1 (64, 1024)"], done.stderr

@@ -264,6 +264,18 @@ def test_nothing_is_left_for_the_next_call(attacker: Attacker) -> None:
     assert attacker.result(look) == ['{"a": 1}', [], False, [], -1, []]
 
 
+def test_an_open_file_is_never_that_of_the_next_call(attacker: Attacker) -> None:
+    code = """
+        import fcntl, os
+        found = [fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND for fd in range(3)]
+        for fd in range(3):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+        found
+    """
+    for _ in range(3):
+        assert attacker.result(code) == [0, 0, 0]
+
+
 def test_forks_side_by_side_cannot_reach_each_other(attacker: Attacker) -> None:
     outcomes: list[Outcome] = []
     victim = """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safeconduct.call import Limits, Outcome
 from safeconduct.runtime.sandbox import share
 from safeconduct.runtime.sandbox.cgroup import Cgroups
 from safeconduct.runtime.sandbox.launcher import Launcher
-from safeconduct.runtime.sandbox.native import Program
+from safeconduct.runtime.sandbox.native import NativeSandbox, Program
 from safeconduct.runtime.sandbox.running import Running
 from safeconduct.runtime.sandbox.share import Share
 from safeconduct.runtime.sandbox.shield import Shield
@@ -165,3 +166,27 @@ def test_what_spins_goes_behind_where_there_is_no_cpu_cgroup(box: Box, launcher:
         assert not during(plain, SLEEP, lambda running: max(nice(running), default=0) > 0)[0]
     finally:
         plain.sandbox.close()
+
+
+def test_what_a_supervisor_of_high_precedence_starts_has_none(
+    box: Box, cgroups: Cgroups | None
+) -> None:
+    ask = "import os; print(os.sched_getscheduler(0), os.getpriority(0, 0))"
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except PermissionError:
+        pytest.skip("needs the right to be a real-time process")
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -5)
+        unconfined = subprocess.run(["python3", "-c", ask], capture_output=True, check=True)
+        launcher = Launcher()
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    assert unconfined.stdout.split() == [b"%d" % os.SCHED_RR, b"-5"]
+    with (
+        closing(launcher),
+        closing(NativeSandbox(launcher, tier=box.tier, cgroups=cgroups)) as sandbox,
+    ):
+        outcome = replace(box, sandbox=sandbox).python(ask)
+    assert outcome.stdout.split() == [b"%d" % os.SCHED_OTHER, b"0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -109,6 +110,23 @@ def test_what_the_base_became_while_the_call_ran_is_a_conflict(desk: Desk) -> No
     assert caught.value.paths == ("file",)
     assert (desk.workspace / "file").read_text() == "theirs\n"
     assert desk.runtime.changes.names() == [kept.id]
+
+
+@pytest.mark.parametrize("under", ["sh", "dash"])
+def test_what_was_made_in_one_folder_is_not_copied_to_another(desk: Desk, under: str) -> None:
+    """``dash`` sees two folders of the workspace through overlays, ``sh`` all of it."""
+    (desk.workspace / ".github").mkdir()
+    kept = desk.kept("echo made > sub/made", under=(under,))
+    place = desk.workspace if under == "sh" else desk.workspace / "sub"
+    before = place.rename(f"{desk.folder}/before")
+    (desk.workspace / "sub").mkdir(parents=True)
+    with pytest.raises(Conflict):
+        desk.runtime.changes.commit(kept.id)
+    assert os.listdir(desk.workspace / "sub") == []
+    shutil.rmtree(place)
+    before.rename(place)
+    assert desk.runtime.changes.commit(kept.id).applied
+    assert (desk.workspace / "sub/made").read_text() == "made\n"
 
 
 def test_overlays_inside_the_workspace_are_one_set_with_paths_from_its_top(desk: Desk) -> None:

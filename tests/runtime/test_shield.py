@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +98,50 @@ def test_a_protected_file_made_by_a_call_is_set_aside(box: Box, shields: Shields
         call()
     assert caught.value.code == "sandbox.protected_made"
     assert not (box.workspace / ".mcp.json").exists()
+
+
+def test_what_takes_the_workspaces_place_is_protected_too(box: Box) -> None:
+    attack = """
+(echo evil > .mcp.json) 2> /dev/null
+for path in .git/hooks/post-commit .claude/settings.json; do
+    (mkdir -p $(dirname $path); echo evil > $path) 2> /dev/null && echo ESCAPED $path
+done
+"""
+
+    def attacked() -> None:
+        # Tier landlock lets nothing new be made at the top at all; elsewhere it is set aside.
+        with suppress(SandboxFailed), shields.raised(box.profile(), nothing) as one:
+            assert box.run("sh", "-c", attack, shield=one).stdout == b""
+        assert not (box.workspace / ".mcp.json").exists()
+
+    with closing(Shields(str(box.workspace), NAMES)) as shields:
+        attacked()
+        before = box.workspace.rename(f"{box.workspace}-before")
+        box.workspace.mkdir()
+        box.workspace.chmod(0o777)
+        attacked()
+        attacked()
+        assert (before / ".claude").is_dir(), "what is held there is not what was made by a call"
+    try:
+        assert not (before / ".claude").exists()
+        assert not (box.workspace / ".claude").exists()
+    finally:
+        shutil.rmtree(before)
+
+
+def test_a_link_in_the_workspaces_place_is_not_followed(
+    box: Box, shields: Shields, outside: Path
+) -> None:
+    before = box.workspace.rename(f"{box.workspace}-before")
+    try:
+        box.workspace.symlink_to(outside)
+        with pytest.raises(SandboxFailed) as caught, shields.raised(box.profile(), nothing):
+            pass
+        assert caught.value.code == "workspace.missing"
+        assert os.listdir(outside) == ["secret"]
+    finally:
+        box.workspace.unlink()
+        before.rename(box.workspace)
 
 
 def test_a_profile_that_only_reads_needs_no_places(box: Box, shields: Shields) -> None:

@@ -158,6 +158,37 @@ def test_the_limit_that_ended_a_call(
     assert found == name
 
 
+@pytest.mark.parametrize(
+    ("code", "sign", "cpu_us", "name"),
+    [
+        (None, 9, 993_000, "cpu"),  # ticks of the clock are not quite what was used
+        (None, 9, 100_000, None),  # somebody else's signal
+        (137, None, 760_000, "cpu"),  # a shell of its command
+        (1, None, 993_000, "cpu"),  # whoever waited for such a child
+        (1, None, 500_000, None),
+        (0, None, 993_000, None),
+    ],
+)
+def test_processor_time_that_was_used_up_is_named(
+    code: int | None, sign: int | None, cpu_us: int, name: str | None
+) -> None:
+    ended = Exit(code=code, signal=sign, wall_limit=False, wall_us=1, cpu_us=cpu_us, peak_rss_kib=1)
+    assert bounds.limit_of(ended, Charge(), Limits(cpu_ms=1000)) == name
+
+
+def test_a_shell_tells_of_a_file_that_was_too_large() -> None:
+    assert bounds.limit_of(end(128 + 25), Charge(), Limits()) == "disk"
+    assert bounds.limit_of(end(128 + 25), Charge(), Limits(file_bytes=1)) == "file"
+
+
+def test_in_a_cgroup_the_exact_account_comes_first() -> None:
+    def seconds(*, in_cgroup: bool) -> object:
+        bounds_of = bounds.rlimits(Limits(cpu_ms=1500), Tier.FULL, in_cgroup=in_cgroup)
+        return next(one["value"] for one in bounds_of if one["name"] == "cpu")
+
+    assert (seconds(in_cgroup=False), seconds(in_cgroup=True)) == (2, 3)
+
+
 def test_what_a_call_says_it_needs_only_lowers() -> None:
     limits = Limits(wall_ms=1000, cpu_ms=None, memory_bytes=1 << 20, pids=5)
     hint = {"wall": "500ms", "cpu": "700ms", "memory": "9999999B", "pids": "3"}

@@ -95,6 +95,16 @@ pub fn switch(uid: u32, gid: u32) -> Result<(), Failure> {
     rustix::thread::set_thread_res_uid(uid, uid, uid).step("setresuid")
 }
 
+/// Have the kernel end what is started from here on first, where memory runs out: else it ends what
+/// has most of it, and so an init before a small program that fills a tmpfs. A zero written to the
+/// descriptor takes that back for this process, proc(5) `oom_score_adj`.
+pub fn end_first(proc: &OwnedFd) -> Option<OwnedFd> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable).ok()?;
+    let score = open(proc, "self/oom_score_adj", OFlags::WRONLY).ok();
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).ok()?;
+    score.filter(|score| rustix::io::write(score, b"1000").is_ok())
+}
+
 /// Give up all privilege for good: capabilities, and gaining any by execve(2).
 pub fn renounce(capabilities: bool) -> Result<(), Failure> {
     if capabilities {

@@ -44,6 +44,7 @@ fn live(template: &Template, birth: &Birth) -> Result<Infallible, Failure> {
     template.keep_only(birth)?;
     birth.cgroups.join()?;
     let accounts = birth.cgroups.accounts(&plan.cgroups);
+    let score = identity::end_first(&template.proc);
     let (ruleset, late) = if plan.has(Layer::Namespaces) {
         build_walls(template, birth)?
     } else {
@@ -56,9 +57,10 @@ fn live(template: &Template, birth: &Birth) -> Result<Infallible, Failure> {
     // Suspended until the stub has become the program or is gone: it costs no memory of its own,
     // and execve(2) has none to tear down. Until then the stub watches for us.
     let program = sys::clone_sharing(&mut || program::run(&sandbox)).step("fork stub")?;
+    let _ = score.map(|score| rustix::io::write(score, b"0"));
     // Our copies would keep the supervisor from seeing the end of the program's output.
     for fd in [&birth.stdout, &birth.stderr] {
-        sys::place(template.null.as_raw_fd(), fd.as_raw_fd()).step("close output")?;
+        sys::place(birth.null.as_raw_fd(), fd.as_raw_fd()).step("close output")?;
     }
     let exit = sandbox.watch(&events, program, &accounts);
     if exit.signal.is_some() && exit.wall_us == 0 {

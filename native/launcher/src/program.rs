@@ -43,7 +43,7 @@ fn become_program(sandbox: &Sandbox) -> Result<Failure, Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let (channel, timer) = (lift(&birth.channel)?, lift(&sandbox.timer)?);
     let lifeline = lift(&template.lifeline)?;
-    let standard = [&template.null, &birth.stdout, &birth.stderr].map(lift);
+    let standard = [&birth.null, &birth.stdout, &birth.stderr].map(lift);
     for (target, fd) in (0..).zip(standard) {
         sys::place(fd?.as_raw_fd(), target).step("place descriptor")?;
     }

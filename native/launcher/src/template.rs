@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
@@ -67,8 +67,6 @@ pub struct Template<'a> {
     pub proc: OwnedFd,
     pub root: Option<Root>,
     pub rules: confine::Rules<'a>,
-    /// The stdin of programs that are given none.
-    pub null: OwnedFd,
     scratch: Option<OwnedFd>,
     hierarchies: Hierarchies<'a>,
     events: OwnedFd,
@@ -92,6 +90,9 @@ const AGAIN: &[u8] = b"+";
 /// One sandbox, as its init takes it over.
 pub struct Birth {
     pub channel: OwnedFd,
+    /// The stdin of a program that is given none. Flags and locks of an open file are of all that
+    /// share it, so each sandbox has one of its own.
+    pub null: OwnedFd,
     pub stdout: OwnedFd,
     pub stderr: OwnedFd,
     pub cgroups: Cgroups,
@@ -131,12 +132,6 @@ impl<'a> Template<'a> {
         };
         let private = root.as_ref().map_or(&[][..], Root::private);
         let rules = confine::Rules::open(&plan.landlock, private).map_err(Failure::or_stale)?;
-        let null = rustix::fs::open(
-            "/dev/null",
-            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )
-        .step("open /dev/null")?;
         Ok(Self {
             plan,
             filter,
@@ -148,7 +143,6 @@ impl<'a> Template<'a> {
             proc,
             root,
             rules,
-            null,
             scratch,
             hierarchies,
             events: sys::child_events().step("signalfd")?,
@@ -231,12 +225,14 @@ impl<'a> Template<'a> {
         .step("channel")?;
         let (read_out, stdout) = output_pipe().step("pipe")?;
         let (read_err, stderr) = output_pipe().step("pipe")?;
+        let null = rustix::fs::open("/dev/null", OFlags::CLOEXEC, Mode::empty()).step("null")?;
         let mapping = self.mapping(uid)?;
         let scratch = self.make_scratch(number, uid, gid)?;
         let cgroups = self.hierarchies.make(&format!("{}-{number}", self.plan.name))?;
         let name = cgroups.name().to_owned();
         let birth = Birth {
             channel,
+            null,
             stdout,
             stderr,
             cgroups,
@@ -273,7 +269,7 @@ impl<'a> Template<'a> {
     pub fn keep_only(&self, birth: &Birth) -> Result<(), Failure> {
         let own = [&birth.channel, &birth.stdout, &birth.stderr, &self.lifeline, &self.proc];
         let mut keep: Vec<_> = own.map(AsRawFd::as_raw_fd).to_vec();
-        keep.extend([0, 1, 2, self.null.as_raw_fd()]);
+        keep.extend([0, 1, 2, birth.null.as_raw_fd()]);
         keep.extend(birth.cgroups.folders.iter().map(AsRawFd::as_raw_fd));
         keep.extend(birth.mapping.iter().map(AsRawFd::as_raw_fd));
         keep.extend(birth.scratch.iter().map(AsRawFd::as_raw_fd));
@@ -313,7 +309,6 @@ impl<'a> Template<'a> {
         uid: u32,
         gid: u32,
     ) -> Result<Option<(String, OwnedFd)>, Failure> {
-        use rustix::fs::{Mode, OFlags};
         let Some(base) = &self.scratch else {
             return Ok(None);
         };

@@ -16,14 +16,14 @@ import secrets
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
 from safeconduct.errors import SandboxFailed
 
 from . import content, kernel
-from .changes import Change, Changes, Kind, Node
+from .changes import Change, Changes, Conflict, Kind, Node
 from .recovery import remove_tree
 from .stage import copy_bytes
 
@@ -41,11 +41,32 @@ _DRAFT_SECONDS: Final = 24 * 3600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shelved:
-    """One set of kept changes: its name, the absolute path of its workspace, and what it holds."""
+    """One set of kept changes: its name, the absolute path of its workspace, and what it holds.
+
+    ``bases`` tell by their path in the workspace which folders the overlays lay over.
+    """
 
     id: str
     workspace: str
     changes: Changes
+    bases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def refuse_others(self, workspace: int) -> None:
+        """Raise Conflict where another folder has taken the place of one of them.
+
+        What was made in it would have nothing to be compared with.
+        """
+        for below, base in self.bases.items():
+            found = ""
+            with suppress(OSError):
+                folder = kernel.open_beneath(workspace, below.rstrip("/"), kernel.FOLDER)
+                try:
+                    found = _named(folder)
+                finally:
+                    os.close(folder)
+            if found != base:
+                why = "another folder has taken its place"
+                raise Conflict([below.rstrip("/") or "."], why=why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +74,14 @@ class Part:
     """What one overlay of a set holds: its upper folder, and where it lies in the workspace.
 
     ``below`` is "" for the workspace itself, else a path that ends with a slash. The paths of
-    ``changes`` begin with it.
+    ``changes`` begin with it. ``base`` is the folder under the overlay, -1 for one that may be
+    another by the time of a commit.
     """
 
     changes: Changes
     upper: int
     below: str = ""
+    base: int = -1
 
 
 def shelve(folder: Path, parts: Sequence[Part], *, workspace: str) -> tuple[str, str]:
@@ -79,6 +102,7 @@ def shelve(folder: Path, parts: Sequence[Part], *, workspace: str) -> tuple[str,
         data = {
             "version": 1,
             "workspace": workspace,
+            "bases": {part.below: _named(part.base) for part in parts if part.base >= 0},
             "changes": [change.to_json() for part in parts for change in part.changes],
         }
         text = json.dumps(data, ensure_ascii=True)
@@ -156,7 +180,9 @@ def load(folder: Path, name: str) -> Shelved:
         raise SandboxFailed(
             f"The kept changes {name} cannot be read.", step="changes", code="workspace.changes"
         ) from error
-    return Shelved(id=name, workspace=str(data["workspace"]), changes=changes)
+    # Sets of an earlier version say nothing of it.
+    bases = cast("Mapping[str, str]", data.get("bases", {}))
+    return Shelved(id=name, workspace=str(data["workspace"]), changes=changes, bases=bases)
 
 
 @contextmanager
@@ -173,6 +199,14 @@ def drop(folder: Path, name: str) -> None:
         with suppress(FileNotFoundError):
             (folder / name).rename(folder / f".{name}")
         _remove(folder, f".{name}")
+
+
+def _named(folder: int) -> str:
+    """Tell an open folder from any other of its file system, also from a later one that was given
+    its number; only by that where there is nothing better.
+    """
+    handle = kernel.file_handle(folder, ".")
+    return handle.hex() if handle else str(os.fstat(folder).st_ino)
 
 
 def _keep(tree: int, change: Change, part: Part) -> int:

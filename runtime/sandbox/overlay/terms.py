@@ -108,7 +108,7 @@ class Terms:
         for root in roots:
             workspace, below = self._place(root.path)
             changes = self._diff(root, below, shielded, disk_bytes)
-            part = shelf.Part(changes=changes, upper=root.upper, below=below)
+            part = shelf.Part(changes=changes, upper=root.upper, below=below, base=root.base)
             parts.setdefault(workspace, []).append(part)
         return {
             workspace: found
