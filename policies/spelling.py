@@ -156,8 +156,10 @@ def take_argv(name: str, value: Json) -> list[Json]:
     if not isinstance(value, list) or not 0 < len(value) <= MAX_ARGV:
         raise bad_argument(name, f"a list of 1 to {MAX_ARGV} texts")
     for word in value:
-        if not isinstance(word, str) or "\0" in word or _is_long(word):
+        if not isinstance(word, str) or "\0" in word:
             raise bad_argument(name, "a list of texts without NUL")
+        if _is_long(word):
+            raise bad_argument(name, f"a list of texts of less than {MAX_ARGV_BYTES} bytes")
     if value[0] == "":
         raise bad_argument(name, "a list that begins with a program")
     return value

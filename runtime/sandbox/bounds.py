@@ -143,13 +143,18 @@ def limit_of(
         return "disk" if limits.file_bytes is None else "file"
     if end.signal is None and not end.code:
         return None
-    # The kernel may have ended a child, and the program failed because of that.
-    if charge.oom_kills:
-        return "memory"
+    counted = counted_limit(charge)
+    if counted == "memory":
+        return counted
     if limits.cpu_ms and _used_up(end, charge, limits.cpu_ms):
         return "cpu"
-    if full is not None:
-        return full
+    return counted if full is None else full
+
+
+def counted_limit(charge: Charge) -> str | None:
+    """Name the limit of which the kernel counted that a call met it: it may have failed by that."""
+    if charge.oom_kills:
+        return "memory"
     return "pids" if charge.refused_forks else None
 
 

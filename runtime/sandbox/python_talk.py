@@ -79,6 +79,8 @@ class Heard:
             # there are two, and the other one is counted.
             if limit is None and self.end.signal == signal.SIGKILL and limits.cpu_ms:
                 limit = "cpu"
+        elif limit is None and self.answer is not None and self.answer.failure is not None:
+            limit = bounds.counted_limit(charge)
         value = None
         if limit is None:
             value = self._value()
@@ -167,14 +169,16 @@ class Talk:
         self._poll.register(self._hand.channel, select.POLLIN | select.POLLOUT)
         with closing(self._hand.watch()) as watch:
             end = self._until_gone(watch)
+            # Every writer is dead now: what is left in the pipes is all there will be.
+            for fd in self._streams:
+                while self._listen(fd):
+                    pass
+            while not self._stopping and self._hear():
+                pass
+            if self._limit is None and (self._answer is None or self._answer.failure is not None):
+                self._limit = watch.last()
             if self._limit == "depth":
                 watch.flatten()
-        # Every writer is dead now: what is left in the pipes is all there will be.
-        for fd in self._streams:
-            while self._listen(fd):
-                pass
-        while not self._stopping and self._hear():
-            pass
         return Heard(
             end=end,
             wall_us=int((time.monotonic() - begun) * 1_000_000),
