@@ -442,3 +442,23 @@ def test_filling_the_scratch_folder_is_bounded(attacker: Attacker) -> None:
     limits = Limits(wall_ms=20_000, disk_bytes=16 << 20)
     found = attacker.run(code, limits=limits)
     assert found.value in ({"result": 15}, {"result": 16})
+
+
+def test_a_limit_that_code_fails_by_is_named(
+    attacker: Attacker, cgroups: cgroup.Cgroups | None
+) -> None:
+    large = """
+        with open('large', 'wb', buffering=0) as file:
+            for _ in range(9): file.write(bytes(1 << 20))
+    """
+    tight = Limits(wall_ms=20_000, disk_bytes=8 << 20)
+    assert attacker.run(large, limits=tight).limit == "disk"
+    with pytest.raises(ToolFailed):
+        attacker.run("raise OSError", limits=tight)
+    if cgroups is None:
+        return  # nothing counts them
+    crowd = """
+        import threading, time
+        for _ in range(20): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+    """
+    assert attacker.run(crowd, limits=Limits(wall_ms=20_000, pids=6)).limit == "pids"

@@ -191,26 +191,6 @@ def test_limits_end_the_call_and_are_named(
     assert python.run("while True: pass", limits=busy).limit == "cpu"
 
 
-def test_a_limit_that_code_fails_by_is_named(
-    python: Snippets, cgroups: cgroup.Cgroups | None
-) -> None:
-    large = """
-        with open('large', 'wb', buffering=0) as file:
-            for _ in range(9): file.write(bytes(1 << 20))
-    """
-    tight = Limits(wall_ms=20_000, disk_bytes=8 << 20)
-    assert python.run(large, limits=tight).limit == "disk"
-    with pytest.raises(ToolFailed):
-        python.run("raise OSError", limits=tight)
-    if cgroups is None:
-        return  # nothing counts them
-    crowd = """
-        import threading, time
-        for _ in range(20): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
-    """
-    assert python.run(crowd, limits=Limits(wall_ms=20_000, pids=6)).limit == "pids"
-
-
 def test_what_a_snippet_prints_before_its_limit_is_kept(python: Snippets) -> None:
     outcome = python.run("print('begun')\nwhile True: pass", limits=Limits(wall_ms=700))
     assert outcome.stdout == b"begun\n"
