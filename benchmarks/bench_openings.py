@@ -20,7 +20,7 @@ from pathlib import Path
 import cryptography
 
 from safeconduct.attestation.folder import Folder
-from safeconduct.attestation.privacy.openings import OpeningStore, Sealed, seal_into
+from safeconduct.attestation.privacy.openings import OpeningStore, Salts, Sealed, seal_all
 from safeconduct.attestation.privacy.vault import Vault
 from safeconduct.call import Json
 
@@ -36,8 +36,8 @@ def openings() -> dict[str, list[Sealed]]:
     }
     outputs: dict[str, Json | bytes] = {"stdout": b"x" * 200, "stderr": b"y" * 100}
     return {
-        "document": seal_into({}, {"document": document})[1],
-        "outputs": seal_into({}, outputs)[1],
+        "document": seal_all({"document": document}, Salts())[1],
+        "outputs": seal_all(outputs, Salts())[1],
     }
 
 

@@ -122,18 +122,17 @@ class Salts:
             return fresh[0]
 
 
-def seal_into(
-    body: Mapping[str, Json], committed: Mapping[str, Json | bytes], salts: Salts | None = None
+def seal_all(
+    committed: Mapping[str, Json | bytes], salts: Salts
 ) -> tuple[dict[str, Json], list[Sealed]]:
-    """Return a body with the committed fields as commitments, each under a fresh salt."""
-    take = Salts().take if salts is None else salts.take
-    whole: dict[str, Json] = dict(body)
+    """Return the commitments to these fields, each under a fresh salt, and their openings."""
+    commitments: dict[str, Json] = {}
     sealed: list[Sealed] = []
     for field, value in committed.items():
-        one = seal(field, value, take())
-        whole[field] = commitment_field(one.digest)
+        one = seal(field, value, salts.take())
+        commitments[field] = commitment_field(one.digest)
         sealed.append(one)
-    return whole, sealed
+    return commitments, sealed
 
 
 class OpeningStore:

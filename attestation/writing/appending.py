@@ -20,7 +20,7 @@ from safeconduct.attestation.encoding import MAX_ENTRY_BYTES, MAX_INTEGER
 from safeconduct.attestation.folder import Folder
 from safeconduct.attestation.journal import frame, write_failed
 from safeconduct.attestation.layout import stored_bytes
-from safeconduct.attestation.privacy.openings import OpeningStore, Salts, Sealed, seal_into
+from safeconduct.attestation.privacy.openings import OpeningStore, Salts, Sealed, seal_all
 from safeconduct.attestation.privacy.vault import Vault
 from safeconduct.call import Durability, EntryKind, Json
 from safeconduct.errors import TraceInvalid
@@ -178,7 +178,7 @@ class Appending:
         if not committed:
             return spell_body(kind, body, _NOTHING), ()
         self._health.refuse_fork()  # a fork has our salts
-        commitments, sealed = seal_into(_NOTHING, committed, self._salts)
+        commitments, sealed = seal_all(committed, self._salts)
         data = spell_body(kind, body, commitments)
         for one in sealed:
             if one.blob is not None:
