@@ -30,7 +30,9 @@ from .key import sync_folder, write_at
 _SLOT_BYTES: Final = 512
 _SLOTS: Final = (0, 4096)
 _FILE_BYTES: Final = _SLOTS[1] + _SLOT_BYTES
-_OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# LIMIT: logs whose files stay open; a runtime has one.
+_OPEN_MAX: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class SignerState:
                 hint=f"chmod 700 {folder}",
             )
         self._folder = os.fspath(folder)
+        self._open: dict[str, int] = {}
         # Held until the process ends, as is every signer's life: one lock at a time is taken.
         self._lock_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -85,19 +88,43 @@ class SignerState:
     @contextmanager
     def opened(self, origin: str) -> Generator[Memory]:
         """Look at what is remembered of one log. Raise ``signer.state`` when it is damaged."""
-        try:
-            fd = os.open(self._path(origin), _OPEN)
-        except FileNotFoundError:
+        fd = self._file(origin)
+        if fd is None:
             yield Memory(Checkpoint(origin=origin, size=0, root=EMPTY_ROOT), self._begin)
             return
+        found = _slots(os.pread(fd, _FILE_BYTES + 1, 0))
+        last = max(found.values(), key=_size)
+        if last.origin != origin:
+            raise TraceInvalid("the signer's state is of another log", code="signer.state")
+        yield Memory(last, partial(_write, fd, found, last))
+
+    def _file(self, origin: str) -> int | None:
+        """Return the file of one log, None where there is none.
+
+        It stays open: Landlock does not cover chmod(2), so a program of our own user may close a
+        folder on the way to it at any time.
+        """
+        fd = self._open.get(origin)
+        if fd is not None and os.fstat(fd).st_nlink:
+            return fd
+        self._forget(origin)
+        if len(self._open) >= _OPEN_MAX:
+            self.close()
         try:
-            found = _slots(os.pread(fd, _FILE_BYTES + 1, 0))
-            last = max(found.values(), key=_size)
-            if last.origin != origin:
-                raise TraceInvalid("the signer's state is of another log", code="signer.state")
-            yield Memory(last, partial(_write, fd, found, last))
-        finally:
+            fd = self._open[origin] = os.open(self._path(origin), _FLAGS)
+        except FileNotFoundError:
+            return None
+        return fd
+
+    def _forget(self, origin: str) -> None:
+        fd = self._open.pop(origin, None)
+        if fd is not None:
             os.close(fd)
+
+    def close(self) -> None:
+        """Close the files; what is asked for later is opened again."""
+        for origin in list(self._open):
+            self._forget(origin)
 
     def _begin(self, head: Checkpoint) -> Callable[[], None]:
         """Make the file durably, whole under its name: data, then name, then folder."""

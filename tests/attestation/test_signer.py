@@ -36,7 +36,7 @@ from safeconduct.attestation.signing.signer_request import (
     parse_request,
     receive,
 )
-from safeconduct.attestation.signing.signer_state import newest_head
+from safeconduct.attestation.signing.signer_state import SignerState, newest_head
 from safeconduct.attestation.tiles import TileStore
 from safeconduct.errors import TraceInvalid
 
@@ -333,6 +333,28 @@ def test_killed_signer_stops_the_writer_and_close_returns(bench: Bench) -> None:
     again.close()
     report = bench.verify()
     assert (report.status, report.recoveries, report.calls) == (0, 1, 1)
+
+
+def test_a_closed_folder_does_not_stop_it_and_a_removed_file_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Landlock alone holds, a program can take away what the signer's folder allows."""
+    heads = [Checkpoint(origin="example.org/log", size=n, root=leaf_hash(b"")) for n in (1, 2)]
+    state = SignerState(tmp_path / "state")
+    state.remember(heads[0])
+    assert state.last(heads[0].origin) == heads[0]
+    with monkeypatch.context() as closed:
+
+        def refused(*_: object, **__: object) -> int:
+            raise PermissionError
+
+        closed.setattr(os, "open", refused)
+        state.remember(heads[1])
+        assert state.last(heads[0].origin) == heads[1]
+    (file,) = (tmp_path / "state").iterdir()
+    file.unlink()
+    assert state.last(heads[0].origin).size == 0
+    state.close()
 
 
 def test_states_only_what_lies_in_the_tree_it_signed_last(bench: Bench) -> None:
