@@ -102,26 +102,43 @@ static void spawn(void)
         fail("the program failed unconfined");
 }
 
-static void group(pid_t pid, bool remove)
+/* The same in every process below this one, whose own number is another one there. */
+static pid_t owner;
+
+static char *group(int at, const char *file)
 {
-    char path[PATH_BYTES], number[32];
+    static char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/floor-%d%s", groups[at], owner, file);
+    return path;
+}
+
+static void make_groups(void)
+{
+    owner = getpid();
+    for (int at = 0; at < group_count; at++)
+        if (mkdir(group(at, ""), 0755))
+            fail(group(at, ""));
+}
+
+/* Version 1 knows a file for threads, through which a process of one waits for nobody's fork. */
+static void join_groups(void)
+{
     for (int at = 0; at < group_count; at++) {
-        int length = snprintf(path, sizeof path, "%s/floor-%d", groups[at], getpid());
-        if (remove) {
-            /* The last process may still be on its way out. */
-            while (rmdir(path) && errno == EBUSY)
-                usleep(50);
-            continue;
-        }
-        if (mkdir(path, 0755))
-            fail(path);
-        snprintf(path + length, sizeof path - length, "/cgroup.procs");
-        int file = open(path, O_WRONLY | O_CLOEXEC);
-        int digits = snprintf(number, sizeof number, "%d", pid);
-        if (file < 0 || write(file, number, digits) != digits)
-            fail(path);
+        int file = open(group(at, "/tasks"), O_WRONLY | O_CLOEXEC);
+        if (file < 0)
+            file = open(group(at, "/cgroup.procs"), O_WRONLY | O_CLOEXEC);
+        if (file < 0 || write(file, "0", 1) != 1)
+            fail(group(at, ""));
         close(file);
     }
+}
+
+static void remove_groups(void)
+{
+    /* The last process may still be on its way out. */
+    for (int at = 0; at < group_count; at++)
+        while (rmdir(group(at, "")) && errno == EBUSY)
+            usleep(50);
 }
 
 static void confine(void)
@@ -151,10 +168,14 @@ static void begin(const struct way *way, struct tree *tree)
     pipes(tree->output, writing);
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, control) || pipe2(report, O_CLOEXEC))
         fail("socketpair");
+    if (way->grouped)
+        make_groups();
     tree->first = syscall(SYS_clone, way->namespaces | SIGCHLD, NULL, NULL, NULL, NULL);
     if (tree->first < 0)
         fail("clone");
     if (tree->first == 0) {
+        if (way->grouped)
+            join_groups();
         pid_t stub = fork();
         if (stub == 0)
             become(way, control[1], writing);
@@ -172,8 +193,6 @@ static void begin(const struct way *way, struct tree *tree)
     close(report[1]);
     tree->control = control[0];
     tree->report = report[0];
-    if (way->grouped)
-        group(tree->first, false);
 }
 
 static void ready(struct tree *tree)
@@ -199,7 +218,7 @@ static void end(const struct way *way, struct tree *tree)
     close(tree->control);
     close(tree->report);
     if (way->grouped)
-        group(0, true);
+        remove_groups();
 }
 
 static long long now(void)

@@ -46,8 +46,7 @@ _HASH_HEX = 2 * HASH_BYTES
 # LIMIT: bytes of entries that are decoded at once: as objects they take up to thirty times as much.
 _DECODED_BYTES = 512 << 10
 _DECODED_ENTRIES = _DECODED_BYTES // MAX_ENTRY_BYTES
-# Of usual entries only as many as stay, as objects, in a processor's cache until they are followed:
-# a sixth less time for all.
+# Of usual entries only as many as stay, as objects, in a processor's cache until they are followed.
 _SLICE_BYTES = 64 << 10
 # LIMIT: sets of clear fields remembered for one range.
 _KNOWN_MAX = 4096

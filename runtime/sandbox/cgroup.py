@@ -52,9 +52,9 @@ class Cgroup:
     def joins(self) -> Sequence[str]:
         """The files through which a process of one thread joins by writing a zero to each.
 
-        Version 1: through `cgroup.procs` it would wait, some 10 ms, until nothing of the machine
-        forks, which `tasks` spares a thread that moves itself (`cgroup_procs_write_start` in the
-        kernel's kernel/cgroup/cgroup.c).
+        Version 1: through `cgroup.procs` it would wait until nothing of the machine forks, which
+        `tasks` spares a thread that moves itself (`cgroup_procs_write_start` in the kernel's
+        kernel/cgroup/cgroup.c).
         """
         file = "tasks" if self.version == 1 else "cgroup.procs"
         return sorted({f"{folder}/{file}" for folder in self.folders.values()})
